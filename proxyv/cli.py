@@ -1,0 +1,53 @@
+"""What every command shares: one-line errors with an exit code, and the nearest name for a typo."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["CommandError", "nearest", "run_command"]
+
+
+class CommandError(ValueError):
+    """A mistake of the user's that one line can explain; commands print it and exit with 2."""
+
+
+def nearest(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Say that a name is unknown, and which known one was probably meant.
+
+    Args:
+        what: what the name stands for, such as "task".
+        name: the name that was given.
+        allowed: every name that exists.
+
+    Returns:
+        One line such as ``unknown task 'docvq': did you mean 'docvqa'? (one of chartqa, docvqa)``.
+    """
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f": did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name!r}{hint} (one of {', '.join(names)})"
+
+
+def run_command(
+    main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
+) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2.
+
+    Only ``ValueError`` (bad values, configs and data) and ``OSError`` (files) are taken for
+    mistakes of the user; anything else is a defect and keeps its traceback. Set
+    ``PROXYV_TRACEBACK=1`` to see every traceback.
+    """
+    try:
+        return main(argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PROXYV_TRACEBACK") == "1":
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
