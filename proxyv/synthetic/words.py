@@ -218,7 +218,7 @@ class Words:
         """An address: "jensen@lake.org"."""
         ends = (".com", ".org", ".net")
         return self._draw(
-            lambda: f"{self.pick(_pool('last')).lower()}@{self.pick(_pool('noun'))}{self.pick(ends)}",
+            lambda: f"{self.pick(_pool('last')).lower()}@{self.pick(_pool('noun')).lower()}{self.pick(ends)}",
             17,
         )
 

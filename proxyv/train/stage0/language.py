@@ -1,0 +1,201 @@
+"""Stage 0, language: pretrain the tiny Llama on pages given as characters instead of pixels.
+
+A page becomes its patches: for each, the characters that lie in it and the colours of its cells
+are summed into one embedding by a table that is thrown away afterwards. On these pages the model
+learns to copy a page and to answer questions about it, so that the two stages only have to connect
+the tower. No picture is involved, and no page of the data sets.
+
+    python -m proxyv.train.stage0 language --run runs/language --steps 6000
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proxyv.synthetic.page import Page
+from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
+from proxyv.train.stage0.pages import Mix, PageRing, held_out
+from proxyv.train.stage0.targets import (
+    ALPHABET,
+    CELLS,
+    SLOTS,
+    colour_cells,
+    patch_targets,
+    to_tensor,
+)
+from proxyv.train.stage0.tokenizer import PHRASES, build_tokenizer, save_tokenizer
+
+__all__ = ["LanguageSettings", "language_config", "train_language"]
+
+IGNORE = -100
+READ_PROMPT = "Read the page."
+
+
+def language_config(vocab_size: int) -> LlamaConfig:
+    """The tiny language model: 5.3 M parameters, 8 layers, width 256."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """How the language model is pretrained."""
+
+    run: Path
+    out: Path
+    steps: int = 6000
+    batch: int = 24
+    seed: int = 12
+    ring: int = 6000
+    renew: int = 24
+    workers: int = 1
+    turns: int = 5
+    mix: Mix = Mix(text=0.15, documents=0.5, charts=0.35)
+
+
+class GridReader(Trainee):
+    """The language model with the table of patch contents that is thrown away."""
+
+    def __init__(self, settings: LanguageSettings) -> None:
+        super().__init__()
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.tokenizer = build_tokenizer()
+        config = language_config(len(self.tokenizer))
+        self.language = LlamaForCausalLM(config)
+        width = config.hidden_size
+        self.slots = nn.Embedding(SLOTS * (len(ALPHABET) + 1), width)
+        nn.init.normal_(self.slots.weight, std=0.02)
+        self.cells = nn.Linear(3 * CELLS * CELLS, width)
+        self.newline = nn.Parameter(torch.randn(width) * 0.02)
+        self.ring = PageRing(settings.seed, settings.ring, settings.mix, 168, settings.workers)
+        self.held = {
+            kind: list(held_out(64, 900 + settings.seed, "test", mix, 168))
+            for kind, mix in {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}.items()
+        }
+
+    def _conversation(self, page: Page, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Turns about one page: a transcription now and then, else some of its questions."""
+        if not page.questions or rng.random() < 0.15:
+            return [(READ_PROMPT, page.caption[:200])]
+        suffix = PHRASES[1] if page.template.partition("/")[0] in CHART_KINDS else PHRASES[0]
+        order = rng.permutation(len(page.questions))[: self.settings.turns]
+        picked = [page.questions[int(index)] for index in order]
+        return [(question.text + suffix, question.answers[0]) for question in picked]
+
+    def _tokens(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Ids behind the page and their labels; the answers and their end are supervised."""
+        name = self.tokenizer.convert_tokens_to_ids
+        ids, labels = [], []
+        for index, (question, answer) in enumerate(turns):
+            head = [] if index == 0 else [name("<|user|>")]
+            text = ("\n" if index == 0 else "") + question
+            asked = head + self.tokenizer.encode(text, add_special_tokens=False)
+            asked += [name("<|assistant|>")]
+            said = self.tokenizer.encode(answer, add_special_tokens=False) + [name("</s>")]
+            ids += asked + said
+            labels += [IGNORE] * len(asked) + said
+        return ids, labels
+
+    def embed_page(self, slots: Tensor, images: Tensor) -> Tensor:
+        """(B, N, SLOTS) classes and (B, 3, H, W) pixels to (B, N + 1, width), newline last."""
+        B, N, _ = slots.shape
+        offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
+        written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
+        grid = written.sum(2) + self.cells(colour_cells(images, 14))
+        return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
+
+    def logits(self, slots: Tensor, images: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the text behind each page, (B, T, V): row i predicts token i."""
+        B = len(ids)
+        table = self.language.get_input_embeddings()
+        head = table(torch.tensor([[1, 5]])).expand(B, -1, -1)  # <s> <|user|>
+        parts = [head, self.embed_page(slots, images), table(ids)]
+        hidden = self.language.model(inputs_embeds=torch.cat(parts, dim=1), use_cache=False)
+        text = hidden.last_hidden_state[:, -ids.shape[1] - 1 : -1]
+        return self.language.lm_head(text)
+
+    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in rows])
+        labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
+        return ids, labels
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        if not self.ring.pages:
+            self.ring.fill()
+        self.ring.renew(settings.renew)
+        rng = np.random.default_rng((settings.seed, step))
+        pixels, slots, pages = self.ring.batch(rng, settings.batch, 14, shift_px=7)
+        ids, labels = self._pad([self._tokens(self._conversation(p, rng)) for p in pages])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.logits(torch.from_numpy(slots), to_tensor(pixels), ids)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+        said = labels != IGNORE
+        right = (logits.argmax(-1) == labels)[said].float().mean().item()
+        return loss, {"right": right}
+
+    def measure(self) -> dict[str, float]:
+        """Teacher-forced share of answer characters and of whole answers on held-out pages."""
+        scores = {}
+        for kind, pages in self.held.items():
+            hits = total = whole = answers = 0
+            for image, glyphs, page in pages:
+                suffix = PHRASES[1] if kind == "charts" else PHRASES[0]
+                turns = [(q.text + suffix, q.answers[0]) for q in page.questions[:4]]
+                slots = torch.from_numpy(patch_targets(glyphs, (12, 12), 14))[None]
+                ids, labels = self._pad([self._tokens(turns)])
+                logits = self.logits(slots, to_tensor(image[None]), ids)
+                said = labels[0] != IGNORE
+                good = (logits.argmax(-1) == labels)[0]
+                hits, total = hits + int(good[said].sum()), total + int(said.sum())
+                ends = torch.nonzero(labels[0] == 2).flatten().tolist()
+                start = 0
+                for end in ends:
+                    span = said[start : end + 1]
+                    whole += int(good[start : end + 1][span].all())
+                    answers, start = answers + 1, end + 1
+            scores[f"{kind}_characters"] = hits / total
+            scores[f"{kind}_answers"] = whole / answers
+        return scores
+
+
+CHART_KINDS = ("bar", "barh", "grouped", "line", "pie")
+
+
+def train_language(settings: LanguageSettings) -> None:
+    """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
+    trainee = GridReader(settings)
+    run_loop(
+        trainee,
+        Optimisers(trainee, matrix_rate=2e-3, other_rate=2e-3),
+        settings.run,
+        steps=settings.steps,
+        warmup=200,
+        cooldown=0.35,
+        measure_every=250,
+        save_every=250,
+        report=lambda line: print(line, flush=True),
+    )
+    save_bf16(trainee.language, settings.out)
+    save_tokenizer(settings.out)

@@ -1,0 +1,139 @@
+"""The training loop that both halves of stage 0 share: optimiser, schedule, resume, log."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Optimisers", "Trainee", "learning_rate", "run_loop", "save_bf16"]
+
+
+def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Share of the peak rate at a step: linear warm-up, plateau, linear fall to zero.
+
+    The plateau makes a run extensible: with more steps the fall only starts later.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    start = steps * (1 - cooldown)
+    return 1.0 if step < start else max(0.0, (steps - step) / (steps - start))
+
+
+class Optimisers:
+    """Muon for hidden matrices, AdamW for everything else.
+
+    Args:
+        module: what is trained.
+        matrix_rate: peak rate of Muon, in AdamW's scale (``match_rms_adamw``).
+        other_rate: peak rate of AdamW.
+    """
+
+    def __init__(self, module: nn.Module, matrix_rate: float, other_rate: float) -> None:
+        matrices, others = [], []
+        for name, parameter in module.named_parameters():
+            hidden = parameter.ndim == 2 and "layers." in name
+            (matrices if hidden else others).append(parameter)
+        self.rates = (matrix_rate, other_rate)
+        self.parts = (
+            torch.optim.Muon(
+                matrices, lr=matrix_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, lr=other_rate, weight_decay=0.0, betas=(0.9, 0.95)),
+        )
+
+    def step(self, share: float) -> None:
+        """One step at a share of the peak rates, then clear the gradients."""
+        for rate, part in zip(self.rates, self.parts, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+
+class Trainee(nn.Module):
+    """What ``run_loop`` trains: a module with a loss and a measure."""
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the step's batch, and numbers worth logging."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, float]:
+        """Scores on held-out pages."""
+        raise NotImplementedError
+
+
+def run_loop(
+    trainee: Trainee,
+    optimisers: Optimisers,
+    folder: Path,
+    *,
+    steps: int,
+    warmup: int,
+    cooldown: float,
+    measure_every: int,
+    save_every: int,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Train to ``steps``, resuming from ``folder`` if a state is there.
+
+    Writes ``state.pt`` (weights, optimisers, step; replaced atomically) and ``log.jsonl``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    step, spent = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        trainee.load_state_dict(state["trainee"])
+        for part, saved in zip(optimisers.parts, state["optimisers"], strict=True):
+            part.load_state_dict(saved)
+        step, spent = state["step"], state["seconds"]
+        report(f"resuming at step {step}")
+    began = time.monotonic() - spent
+    mean = 0.0
+    while step < steps:
+        loss, numbers = trainee.loss(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        optimisers.step(learning_rate(step, steps, warmup, cooldown))
+        mean = loss.item() if not mean else 0.98 * mean + 0.02 * loss.item()
+        step += 1
+        due = step % measure_every == 0 or step == steps
+        if step % 50 == 0 or due:
+            row = {"step": step, "seconds": round(time.monotonic() - began), "loss": mean}
+            row |= numbers
+            if due:
+                trainee.eval()
+                with torch.no_grad():
+                    row |= trainee.measure()
+                trainee.train()
+            report(" ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            with log_file.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if step % save_every == 0 or step == steps:
+            state = {
+                "trainee": trainee.state_dict(),
+                "optimisers": [part.state_dict() for part in optimisers.parts],
+                "step": step,
+                "seconds": time.monotonic() - began,
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+
+
+def save_bf16(model: nn.Module, folder: Path) -> None:
+    """Save a transformers model in bfloat16.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        raise ValueError(f"{folder}: weights hold values that are not finite")
+    model.config.dtype = torch.bfloat16  # type: ignore[union-attr]
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]

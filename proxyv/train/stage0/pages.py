@@ -1,0 +1,139 @@
+"""An endless, seeded supply of small-world pages for stage 0.
+
+Drawing a page costs as much as training on it, so pages live in a ring that is renewed a few at a
+time; each use shifts the page by some pixels, which moves every character within its patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from proxyv.synthetic.charts import make_chart
+from proxyv.synthetic.degrade import degrade
+from proxyv.synthetic.documents import make_document, make_text_page
+from proxyv.synthetic.page import Page, Split
+from proxyv.train.stage0.targets import glyph_array, patch_targets
+
+__all__ = ["Mix", "PageRing", "draw_page"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of page kinds; they are normalised to one."""
+
+    text: float = 0.5
+    documents: float = 0.3
+    charts: float = 0.2
+
+
+def draw_page(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> Page:
+    """The page of a seed; the same seed always gives the same page."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([mix.text, mix.documents, mix.charts])
+    kind = int(rng.choice(3, p=shares / shares.sum()))
+    make = (make_text_page, make_document, make_chart)[kind]
+    return degrade(make(rng, split, (side_px, side_px)), rng)
+
+
+def _draw_many(seeds: list[tuple[int, ...]], split: Split, mix: Mix, side_px: int) -> list[Page]:
+    return [draw_page(seed, split, mix, side_px) for seed in seeds]
+
+
+class PageRing:
+    """Pages that are drawn once, used several times and then replaced.
+
+    Args:
+        seed: stream of pages; stage 0 trains on its own seeds, the data sets use others.
+        capacity: pages held at a time.
+        mix: what kinds of page, in what shares.
+        side_px: page side.
+        workers: processes that draw pages beside the training (0: none, draw in place).
+    """
+
+    def __init__(self, seed: int, capacity: int, mix: Mix, side_px: int, workers: int = 0) -> None:
+        self.seed, self.capacity, self.mix, self.side_px = seed, capacity, mix, side_px
+        self.drawn = 0
+        self.pages: list[Page] = []
+        self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pool = ProcessPoolExecutor(workers) if workers else None
+        self._pending: list = []
+
+    def _seeds(self, count: int) -> list[tuple[int, ...]]:
+        seeds = [(self.seed, self.drawn + index) for index in range(count)]
+        self.drawn += count
+        return seeds
+
+    def _store(self, pages: list[Page]) -> None:
+        for page in pages:
+            item = (np.asarray(page.image, dtype=np.uint8), glyph_array(page.glyphs))
+            if len(self.pages) < self.capacity:
+                self.pages.append(page)
+                self.arrays.append(item)
+            else:
+                slot = self._next
+                self.pages[slot], self.arrays[slot] = page, item
+                self._next = (slot + 1) % self.capacity
+
+    _next = 0
+
+    def fill(self) -> None:
+        """Draw the first ``capacity`` pages."""
+        missing = self.capacity - len(self.pages)
+        for start in range(0, missing, 64):
+            count = min(64, missing - start)
+            self._store(_draw_many(self._seeds(count), "train", self.mix, self.side_px))
+
+    def renew(self, count: int) -> None:
+        """Replace the oldest pages; with a worker the new ones arrive when they are ready."""
+        if self._pool is None:
+            self._store(_draw_many(self._seeds(count), "train", self.mix, self.side_px))
+            return
+        if len(self._pending) < 4:
+            job = (self._seeds(count), "train", self.mix, self.side_px)
+            self._pending.append(self._pool.submit(_draw_many, *job))
+        if self._pending[0].done():
+            self._store(self._pending.pop(0).result())
+
+    def batch(
+        self, rng: np.random.Generator, size: int, patch_px: int, shift_px: int
+    ) -> tuple[np.ndarray, np.ndarray, list[Page]]:
+        """Draw a batch of shifted pages.
+
+        Returns:
+            images (B, H, W, 3) uint8, targets (B, patches, SLOTS) int64, and the pages.
+        """
+        chosen = rng.integers(len(self.pages), size=size)
+        grid = (self.side_px // patch_px, self.side_px // patch_px)
+        images, targets = [], []
+        for index in chosen:
+            image, glyphs = shifted(*self.arrays[index], rng, shift_px)
+            images.append(image)
+            targets.append(patch_targets(glyphs, grid, patch_px))
+        return np.stack(images), np.stack(targets), [self.pages[i] for i in chosen]
+
+
+def shifted(
+    image: np.ndarray, glyphs: np.ndarray, rng: np.random.Generator, shift_px: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move a page by up to ``shift_px`` in both directions; the border repeats its edge."""
+    if shift_px == 0:
+        return image, glyphs
+    dy, dx = (int(v) for v in rng.integers(-shift_px, shift_px + 1, size=2))
+    height, width = image.shape[:2]
+    rows = np.clip(np.arange(height) - dy, 0, height - 1)
+    columns = np.clip(np.arange(width) - dx, 0, width - 1)
+    moved = glyphs + np.array([0, dx, dy], dtype=np.float32)
+    return image[rows][:, columns], moved
+
+
+def held_out(
+    count: int, seed: int, split: Split, mix: Mix, side_px: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Page]]:
+    """Pages for measuring, never used for training: image, glyphs, page."""
+    for index in range(count):
+        page = draw_page((seed, index), split, mix, side_px)
+        yield np.asarray(page.image, dtype=np.uint8), glyph_array(page.glyphs), page

@@ -1,0 +1,149 @@
+"""Stage 0, vision: teach a CLIP-architecture tower to read, by dense supervision.
+
+A head on the tower's last layer predicts, for each patch, the characters whose centres lie in it
+and the colours of its cells; the head is thrown away. The language model's loss alone would teach
+a raw tower to read far more slowly (see docs/log.md).
+
+    python -m proxyv.train.stage0 tower --run runs/tower --steps 9000
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
+from proxyv.train.stage0.pages import Mix, PageRing, held_out
+from proxyv.train.stage0.targets import (
+    ALPHABET,
+    BLANK,
+    CELLS,
+    SLOTS,
+    colour_cells,
+    patch_targets,
+    to_tensor,
+)
+
+__all__ = ["TowerSettings", "tower_config", "train_tower"]
+
+
+def tower_config() -> CLIPVisionConfig:
+    """The tiny tower: 2.8 M parameters, 168 px, patch 14, 144 patches."""
+    return CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=168,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """How the tower is trained."""
+
+    run: Path
+    out: Path
+    steps: int = 9000
+    batch: int = 32
+    seed: int = 11
+    ring: int = 6000
+    renew: int = 16
+    workers: int = 1
+    mix: Mix = Mix()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] to CLIP's mean and deviation."""
+    mean = images.new_tensor(OPENAI_CLIP_MEAN).view(1, 3, 1, 1)
+    std = images.new_tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1)
+    return (images - mean) / std
+
+
+class ReadingTower(Trainee):
+    """The tower with the head that is thrown away."""
+
+    def __init__(self, settings: TowerSettings) -> None:
+        super().__init__()
+        torch.manual_seed(settings.seed)
+        config = tower_config()
+        self.settings = settings
+        self.tower = CLIPVisionModel(config)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.read = nn.Linear(config.hidden_size, SLOTS * (len(ALPHABET) + 1))
+        self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
+        self.ring = PageRing(
+            settings.seed, settings.ring, settings.mix, config.image_size, settings.workers
+        )
+        kinds = {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}
+        self.held = {
+            f"{kind}_{split}": list(held_out(96, 900 + settings.seed, split, mix, 168))  # type: ignore[arg-type]
+            for kind, mix in kinds.items()
+            for split in ("train", "test")
+        }
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] to character logits (B, N, SLOTS, V) and cells (B, N, 48)."""
+        hidden = self.tower(normalise(images)).last_hidden_state[:, 1:]
+        hidden = self.norm(hidden)
+        B, N, _ = hidden.shape
+        return self.read(hidden).view(B, N, SLOTS, -1), self.paint(hidden)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        if not self.ring.pages:
+            self.ring.fill()
+        self.ring.renew(settings.renew)
+        rng = np.random.default_rng((settings.seed, step))
+        pixels, slots, _ = self.ring.batch(rng, settings.batch, 14, shift_px=7)
+        images, target = to_tensor(pixels), torch.from_numpy(slots)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, cells = self.features(images)
+        count = int((target != BLANK).sum())
+        reading = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="sum")
+        painting = F.mse_loss(cells.float(), colour_cells(images, 14))
+        right = (logits.argmax(-1) == target)[target != BLANK].float().mean().item()
+        return reading / count + painting, {"right": right, "painting": painting.item()}
+
+    def measure(self) -> dict[str, float]:
+        """Share of characters right, in place and order, on pages never trained on."""
+        scores = {}
+        for name, pages in self.held.items():
+            hits = total = 0
+            for start in range(0, len(pages), 32):
+                part = pages[start : start + 32]
+                target = torch.from_numpy(
+                    np.stack([patch_targets(glyphs, (12, 12), 14) for _, glyphs, _ in part])
+                )
+                logits, _ = self.features(to_tensor(np.stack([image for image, _, _ in part])))
+                inked = target != BLANK
+                hits += int((logits.argmax(-1) == target)[inked].sum())
+                total += int(inked.sum())
+            scores[name] = hits / total
+        return scores
+
+
+def train_tower(settings: TowerSettings) -> None:
+    """Train, resuming where a run stopped, and write the tower to ``settings.out`` in bf16."""
+    trainee = ReadingTower(settings)
+    run_loop(
+        trainee,
+        Optimisers(trainee, matrix_rate=2e-3, other_rate=1e-3),
+        settings.run,
+        steps=settings.steps,
+        warmup=200,
+        cooldown=0.35,
+        measure_every=500,
+        save_every=250,
+        report=lambda line: print(line, flush=True),
+    )
+    save_bf16(trainee.tower, settings.out)
