@@ -204,9 +204,20 @@ class Sheet:
         )
 
     def write(
-        self, text: str, x: float, middle: float, face: Face, color: str, anchor: Anchor = "center"
+        self,
+        text: str,
+        x: float,
+        middle: float,
+        face: Face,
+        color: str,
+        anchor: Anchor = "center",
+        *,
+        behind: str | None = None,
     ) -> Written:
-        """Write one horizontal line; capitals are centred on the height ``middle``."""
+        """Write one horizontal line; capitals are centred on the height ``middle``.
+
+        ``behind`` is the colour of a patch below the text, where it may cross other lines.
+        """
         measured = _measure(face, text)
         shift = {"left": 0.0, "center": measured.width / 2, "right": measured.width}[anchor]
         origin, baseline = float(round(x - shift)), float(round(middle + face.cap / 2))
@@ -217,6 +228,10 @@ class Sheet:
             origin + max(box.right for box in boxes),
             baseline + max(box.bottom for box in boxes),
         )
+        if behind is not None:
+            self.rectangle(
+                Box(ink.left - 0.5, ink.top - 1, ink.right + 0.5, ink.bottom + 0.5), behind
+            )
         artist = Text(
             origin,
             self.size_hw[0] - baseline,
@@ -238,7 +253,9 @@ class Sheet:
         """Whether all texts lie on the sheet and none touches another."""
         height, width = self.size_hw
         boxes = [written.box for written in self.texts]
-        if any(b.left < 1 or b.top < 1 or b.right > width - 1 or b.bottom > height - 1 for b in boxes):
+        if any(
+            b.left < 1 or b.top < 1 or b.right > width - 1 or b.bottom > height - 1 for b in boxes
+        ):
             return False
         return not any(
             boxes[i].overlaps(boxes[j], margin) for i in range(len(boxes)) for j in range(i)

@@ -153,7 +153,9 @@ def _draw_axis(
 ) -> tuple[NumberFormat, float, int, tuple[tuple[float, ...], ...]]:
     """Draw number format, tick step, number of ticks and values."""
     style = int(rng.choice(4, p=(0.45, 0.25, 0.15, 0.15)))
-    number = (NumberFormat(), NumberFormat(), NumberFormat(decimals=1), NumberFormat(0, True))[style]
+    number = (NumberFormat(), NumberFormat(), NumberFormat(decimals=1), NumberFormat(0, True))[
+        style
+    ]
     steps = ((2.0, 10.0, 20.0), (50.0, 100.0, 200.0), (1.0, 2.0, 5.0, 10.0), (10.0, 20.0))[style]
     step = float(steps[int(rng.integers(len(steps)))])
     num_ticks = int(rng.integers(4, 6))
@@ -177,17 +179,24 @@ def _draw_axis(
             if apart >= 0.04 * step * num_ticks:  # the highest and the lowest stand out
                 return tuple(values)
 
-    return number, step, num_ticks, tuple(row() for _ in range(plan.num_series))
+    while True:
+        rows = tuple(row() for _ in range(plan.num_series))
+        # Lines must not run through each other's points.
+        if plan.kind != "line" or all(
+            len({*column}) == len(rows) for column in zip(*rows, strict=True)
+        ):
+            return number, step, num_ticks, rows
 
 
 def _draw_shares(rng: np.random.Generator, plan: Plan) -> tuple[float, ...]:
     """Whole per cents that make 100, the largest and the smallest clearly so."""
+    apart = 3 if plan.values_shown else 5
     while True:
         parts = rng.dirichlet([3.0] * plan.num_categories) * 100
         shares = np.floor(parts).astype(int)
         shares[int(rng.integers(plan.num_categories))] += 100 - int(shares.sum())
         ordered = np.sort(shares)
-        if ordered[0] >= 7 and ordered[1] - ordered[0] >= 3 and ordered[-1] - ordered[-2] >= 3:
+        if ordered[0] >= 7 and min(ordered[1] - ordered[0], ordered[-1] - ordered[-2]) >= apart:
             return tuple(float(share) for share in shares)
 
 

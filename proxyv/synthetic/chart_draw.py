@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from proxyv.synthetic.chart_canvas import Box, Sheet, polar
+from proxyv.synthetic.chart_canvas import Anchor, Box, Sheet, polar
 from proxyv.synthetic.chart_data import Chart
 from proxyv.synthetic.chart_style import Style
 
@@ -42,6 +42,13 @@ def _contrast(fill: str) -> str:
     """Black or white, whichever can be read on a colour."""
     red, green, blue = (int(fill[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 140 else "#ffffff"
+
+
+def _write_value(
+    sheet: Sheet, style: Style, text: str, x: float, middle: float, anchor: Anchor = "center"
+) -> None:
+    """Write a value on a patch of plain background, so that no line runs through it."""
+    sheet.write(text, x, middle, style.small, style.ink, anchor, behind=style.plot)
 
 
 def _draw_title(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
@@ -108,9 +115,7 @@ def _draw_names_of_axes(sheet: Sheet, chart: Chart, style: Style, area: Box) -> 
     row = 1.3 * style.small.em
     if chart.x_name:
         middle = area.bottom - row / 2
-        sheet.write(
-            chart.x_name, (area.left + area.right) / 2 + 8, middle, style.small, style.ink
-        )
+        sheet.write(chart.x_name, (area.left + area.right) / 2 + 8, middle, style.small, style.ink)
         area = replace(area, bottom=area.bottom - row)
     if chart.y_name:
         middle = area.top + row / 2
@@ -149,20 +154,18 @@ def _draw_vertical(sheet: Sheet, chart: Chart, style: Style, area: Box, ticks: b
             )
         if ticks:
             sheet.write(label, plot.left - 3, y, style.small, style.ink, "right")
+    _draw_spines(sheet, style, plot)
     slot = plot.width / chart.plan.num_categories
     middles = [plot.left + (i + 0.5) * slot for i in range(chart.plan.num_categories)]
     if chart.kind == "line":
         _draw_lines(sheet, chart, style, plot, middles)
     else:
         _draw_bars(sheet, chart, style, plot, middles)
-    _draw_spines(sheet, style, plot)
     for middle, name in zip(middles, chart.categories, strict=True):
         sheet.write(name, middle, area.bottom - 0.55 * style.face.em, style.face, style.ink)
 
 
-def _draw_bars(
-    sheet: Sheet, chart: Chart, style: Style, plot: Box, middles: list[float]
-) -> None:
+def _draw_bars(sheet: Sheet, chart: Chart, style: Style, plot: Box, middles: list[float]) -> None:
     scale = plot.height / (chart.step * chart.num_ticks)
     share = style.bar_share if chart.plan.num_series == 1 else max(0.8, style.bar_share)
     width = share * plot.width / len(middles) / chart.plan.num_series
@@ -181,12 +184,10 @@ def _draw_bars(
             if style.values_inside and fits and style.hatch is None:
                 sheet.write(text, x, top + row + 0.5, style.small, _contrast(fill))
             else:
-                sheet.write(text, x, top - row, style.small, style.ink)
+                _write_value(sheet, style, text, x, top - row)
 
 
-def _draw_lines(
-    sheet: Sheet, chart: Chart, style: Style, plot: Box, middles: list[float]
-) -> None:
+def _draw_lines(sheet: Sheet, chart: Chart, style: Style, plot: Box, middles: list[float]) -> None:
     scale = plot.height / (chart.step * chart.num_ticks)
     for values, (_, color) in zip(chart.values, chart.colors, strict=True):
         points = [(x, plot.bottom - v * scale) for x, v in zip(middles, values, strict=True)]
@@ -206,11 +207,7 @@ def _draw_lines(
         around = heights[max(0, i - 1) : i] + heights[i + 1 : i + 2]
         valley = all(other < y for other in around) and y + 2 * row < plot.bottom
         middle = y + row if valley else y - row
-        text = chart.printed(0, i)
-        half = style.small.width(text) / 2
-        tall = style.small.cap / 2 + 1
-        sheet.rectangle(Box(x - half, middle - tall, x + half, middle + tall), style.plot)
-        sheet.write(text, x, middle, style.small, style.ink)
+        _write_value(sheet, style, chart.printed(0, i), x, middle)
 
 
 def _draw_horizontal(sheet: Sheet, chart: Chart, style: Style, area: Box, ticks: bool) -> None:
@@ -236,14 +233,13 @@ def _draw_horizontal(sheet: Sheet, chart: Chart, style: Style, area: Box, ticks:
             )
         if ticks:
             sheet.write(label, x, area.bottom - 0.5 * style.small.em, style.small, style.ink)
+    _draw_spines(sheet, style, plot)
     slot = plot.height / chart.plan.num_categories
     for i, (name, value) in enumerate(zip(chart.categories, chart.values[0], strict=True)):
         y, half = plot.top + (i + 0.5) * slot, style.bar_share * slot / 2
         end = plot.left + value * scale
         fill = chart.colors[i if chart.vary_colors else 0][1]
-        sheet.rectangle(
-            Box(plot.left, y - half, end, y + half), fill, style.edge, style.hatch, 0.7
-        )
+        sheet.rectangle(Box(plot.left, y - half, end, y + half), fill, style.edge, style.hatch, 0.7)
         sheet.write(name, plot.left - 3, y, style.face, style.ink, "right")
         if shown:
             inside = style.values_inside and style.hatch is None and half > 0.6 * style.small.em
@@ -251,8 +247,7 @@ def _draw_horizontal(sheet: Sheet, chart: Chart, style: Style, area: Box, ticks:
                 color = _contrast(fill)
                 sheet.write(printed[i], end - 3, y, style.small, color, "right")
             else:
-                sheet.write(printed[i], end + 3, y, style.small, style.ink, "left")
-    _draw_spines(sheet, style, plot)
+                _write_value(sheet, style, printed[i], end + 3, y, "left")
 
 
 def _draw_pie(sheet: Sheet, chart: Chart, style: Style, area: Box) -> None:

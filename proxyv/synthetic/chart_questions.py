@@ -8,6 +8,7 @@ import numpy as np
 
 from proxyv.synthetic.chart_data import Chart
 from proxyv.synthetic.page import Question
+from proxyv.synthetic.words import MONTHS
 
 __all__ = ["ask", "caption"]
 
@@ -52,6 +53,7 @@ class _Asker:
         self.chart = chart
         self.rng = rng
         self.values = np.asarray(chart.values)
+        self.thing, self.dated = _thing(chart)
         self.readable = chart.plan.values_shown or chart.kind != "pie"
 
     def _pick(self, count: int) -> int:
@@ -81,14 +83,16 @@ class _Asker:
         i = self._pick(len(row))
         if self.rng.random() < 0.2 and int((row == row[i]).sum()) == 1:
             value = self._number(row[i])[0]
-            options = (f"Which category has the value {value}", f"What has a value of {value}")
+            options: tuple[str, ...] = (
+                f"Which {self.thing} has the value {value}",
+                f"Which {self.thing} has a value of {value}",
+            )
             return Question(f"{self._one(options)}{behind}?", (chart.categories[i],), "lookup")
         name = chart.categories[i]
         options = (
-            f"What is the value of {name}",
-            f"What is the value for {name}" if not behind else f"What is the value of {name}",
-            f"How much is {name}",
-            f"What value does {name} have",
+            (f"What is the value in {name}", f"What was the value in {name}")
+            if self.dated
+            else (f"What is the value of {name}", f"What value does {name} have")
         )
         return Question(f"{self._one(options)}{behind}?", self._number(row[i]), "lookup")
 
@@ -111,7 +115,11 @@ class _Asker:
         i = int(row.argmax() if high else row.argmin())
         if self.readable and self.rng.random() < 0.25:
             return Question(f"What is the {word} value{behind}?", self._number(row[i]), "extremum")
-        options = (f"Which category has the {word} value", f"What has the {word} value")
+        options = (
+            f"Which {self.thing} has the {word} value",
+            f"In which {self.thing} is the value {word}",
+        )
+        options = options[: 2 if self.dated else 1]
         return Question(f"{self._one(options)}{behind}?", (chart.categories[i],), "extremum")
 
     def compare(self) -> Question | None:
@@ -127,10 +135,10 @@ class _Asker:
             i, j = j, i
         word = self._one(("greater", "higher", "larger") if more else ("less", "lower", "smaller"))
         first, second = self.chart.categories[i], self.chart.categories[j]
-        options = (
-            f"Is {first} {word} than {second}",
-            f"Is the value of {first} {word} than that of {second}",
-        )
+        of = "in" if self.dated else "of"
+        options: tuple[str, ...] = (f"Is the value {of} {first} {word} than {of} {second}",)
+        if not self.dated:
+            options += (f"Is {first} {word} than {second}",)
         return Question(f"{self._one(options)}{behind}?", ("Yes" if yes else "No",), "compare")
 
     def count(self) -> Question | None:
@@ -158,7 +166,7 @@ class _Asker:
         if self.rng.random() < 0.5:
             options = (f"What color is {names[i]}?", f"Which color represents {names[i]}?")
             return Question(self._one(options), _color_answers(color), "colour")
-        thing = "category" if chart.vary_colors else "series"
+        thing = self.thing if chart.vary_colors else "series"
         options = (f"Which {thing} is {color}?", f"What does the {color} {what} show?")
         return Question(self._one(options), (names[i],), "colour")
 
@@ -166,7 +174,10 @@ class _Asker:
         """The title, the name of an axis, or a category by its place."""
         chart = self.chart
         choices: list[tuple[str, str]] = [
-            (self._one(("What is the title of the chart?", "What is the chart about?")), chart.title)
+            (
+                self._one(("What is the title of the chart?", "What is the chart about?")),
+                chart.title,
+            )
         ]
         if chart.x_name:
             choices.append(("What is the name of the horizontal axis?", chart.x_name))
@@ -176,7 +187,7 @@ class _Asker:
             first, last = ("top", "bottom") if chart.kind == "hbar" else ("left", "right")
             places = ((f"first from the {first}", 0), (f"first from the {last}", -1))
             place, i = places[self._pick(2)]
-            choices.append((f"Which category is the {place}?", chart.categories[i]))
+            choices.append((f"Which {self.thing} is the {place}?", chart.categories[i]))
         question, answer = choices[self._pick(len(choices))]
         return Question(question, (answer,), "text")
 
@@ -196,8 +207,24 @@ class _Asker:
         return Question(f"{text}{behind}?", self._number(round(float(value), 1)), "arithmetic")
 
 
+def _thing(chart: Chart) -> tuple[str, bool]:
+    """What a category is called in questions, and whether it is a time."""
+    if chart.theme == "year":
+        return "year", True
+    if chart.theme == "calendar":
+        return ("month" if chart.categories[0] in MONTHS else "day"), True
+    return "category", False
+
+
 def _color_answers(color: str) -> tuple[str, ...]:
     return (color, "grey") if color == "gray" else (color,)
+
+
+def _gist(chart: Chart, question: Question) -> tuple[str, str, frozenset[str]]:
+    """What two questions share that ask the same in other words."""
+    names = frozenset(n for n in (*chart.categories, *chart.series) if n and n in question.text)
+    answer = "" if question.kind == "compare" else question.answers[0]
+    return question.kind, answer, names
 
 
 def ask(chart: Chart, rng: np.random.Generator, count: int) -> list[Question]:
@@ -207,9 +234,9 @@ def ask(chart: Chart, rng: np.random.Generator, count: int) -> list[Question]:
         kind: getattr(asker, kind) for kind in SHARES
     }
     kinds, shares = list(SHARES), np.asarray(list(SHARES.values()))
-    found: dict[str, Question] = {}
+    found: dict[tuple[str, str, frozenset[str]], Question] = {}
     while len(found) < count:
         question = makers[kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]]()
         if question is not None:
-            found.setdefault(question.text, question)
+            found.setdefault(_gist(chart, question), question)
     return list(found.values())
