@@ -1,0 +1,1 @@
+"""Conversations to tensors: templates, sources, the dataset and the collator."""

@@ -1,0 +1,121 @@
+"""Images of a data set: kept inside their folder, limited in size, decoded when asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+__all__ = ["DataError", "ImageFolder", "ImageRef"]
+
+Read = TypeVar("Read")
+
+
+class DataError(ValueError):
+    """A row that cannot be used; the message says where it is and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder that image paths may not leave, and the largest image taken from it.
+
+    Attributes:
+        root: the folder that paths are relative to; None where images come as bytes.
+        max_megapixels: an image with more pixels is refused before it is decoded.
+        follow_links: whether a symbolic link inside the folder may lead out of it.
+    """
+
+    root: Path | None
+    max_megapixels: float = 100.0
+    follow_links: bool = False
+
+    def locate(self, relative: str) -> Path:
+        """Find an image file.
+
+        Raises:
+            ValueError: the path is absolute, climbs out of the folder, or leads out by a link.
+            FileNotFoundError: there is no such file.
+        """
+        if self.root is None:
+            raise ValueError(
+                f"path {relative!r} given but no image folder: set data.images to the folder that "
+                "the paths are relative to"
+            )
+        parts = Path(relative).parts
+        if Path(relative).is_absolute() or ".." in parts or not parts:
+            raise ValueError(
+                f"path {relative!r} must be relative and stay inside the image folder {self.root}"
+            )
+        path = self.root / relative
+        if not self.follow_links and not path.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError(
+                f"path {relative!r} leads out of the image folder {self.root} through a symbolic "
+                "link; set data.follow_links=true if that is meant"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"no image file {path}")
+        return path
+
+    def decode(self, image: str | bytes) -> Image.Image:
+        """Decode an image, given by its path in the folder or by its bytes, to RGB."""
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
+        with opened:
+            self._check_size(opened.size)
+            return opened.convert("RGB")
+
+    def size_hw(self, image: str | bytes) -> tuple[int, int]:
+        """Height and width of an image from its header alone."""
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
+        with opened:
+            self._check_size(opened.size)
+            return opened.height, opened.width
+
+    def _check_size(self, size_wh: tuple[int, int]) -> None:
+        megapixels = size_wh[0] * size_wh[1] / 1e6
+        if megapixels > self.max_megapixels:
+            raise ValueError(
+                f"image of {size_wh[1]} x {size_wh[0]} pixels (height x width) is {megapixels:.1f} "
+                f"megapixels, more than data.max_megapixels={self.max_megapixels:g}"
+            )
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image of a row: where it is, and what to call it when it fails."""
+
+    folder: ImageFolder
+    image: str | bytes
+    where: str
+
+    def load(self) -> Image.Image:
+        """Decode to RGB.
+
+        Raises:
+            DataError: the file is missing, corrupt, too large, or outside its folder.
+        """
+        return self._guard(self.folder.decode)
+
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width, from the header."""
+        return self._guard(self.folder.size_hw)
+
+    def _guard(self, read: Callable[[str | bytes], Read]) -> Read:
+        name = self.image if isinstance(self.image, str) else f"{len(self.image)} bytes"
+        try:
+            return read(self.image)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.where}, field 'image': {error}") from error
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"{self.where}, field 'image': {name} is not an image that can be read (corrupt?)"
+            ) from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{self.where}, field 'image': {name} cannot be decoded (corrupt?): {error}"
+            ) from error
+        except ValueError as error:
+            raise DataError(f"{self.where}, field 'image': {error}") from error

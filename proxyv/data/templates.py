@@ -1,0 +1,376 @@
+"""Chat templates: a conversation becomes token ids and labels, built together turn by turn.
+
+A template is a row of the table in ``template_table.py``; :class:`Renderer` does the work for all
+of them.
+Labels are exactly the answers and their end tokens. Text that a user or a data set brings is
+never read as control tokens: ``</s>`` written in a question is five characters.
+
+Source: authors' ``llava/conversation.py`` and ``preprocess_*`` (``train.py``).
+Differs: ids and labels are made in one pass instead of re-tokenizing pieces and subtracting; an
+empty answer supervises its end token; control tokens in text stay text.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from proxyv.cli import nearest
+from proxyv.data.template_table import TEMPLATES, Control, Message, Part, Template
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_MARK",
+    "TEMPLATES",
+    "Control",
+    "Rendered",
+    "Renderer",
+    "Template",
+    "Turn",
+    "as_turns",
+    "mark_template",
+    "prompt",
+    "render",
+    "template_of",
+]
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised."""
+
+IMAGE_MARK = "<image>"
+"""What stands for an image in the text of a message."""
+
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: who speaks, and what is said (``<image>`` marks an image)."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids and labels of a conversation, two lists of the same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """How many positions carry a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
+    """Read a conversation in either common form.
+
+    Args:
+        conversation: :class:`Turn` objects, or mappings with ``from`` and ``value`` (roles human,
+            gpt, system) or with ``role`` and ``content`` (roles user, assistant, system).
+
+    Raises:
+        ValueError: a message has no text, or a role nobody knows.
+    """
+    turns: list[Turn] = []
+    for number, message in enumerate(conversation):
+        if isinstance(message, Turn):
+            turns.append(message)
+            continue
+        role = message.get("from", message.get("role"))
+        text = message.get("value", message.get("content"))
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"message {number}: {nearest('role', str(role), _ROLES)}")
+        if not isinstance(text, str):
+            raise ValueError(
+                f"message {number} (from {role!r}): the text must be a string, got {text!r}"
+            )
+        turns.append(Turn(_ROLES[role], text))
+    return turns
+
+
+def template_of(tokenizer: Any, name: str = "auto") -> Template:
+    """Find a template by name; ``auto`` takes the one that the tokenizer was saved with.
+
+    Raises:
+        ValueError: no template of that name, or ``auto`` with a tokenizer that names none.
+    """
+    if name == "auto":
+        name = tokenizer.init_kwargs.get("proxyv_template", "")
+        if not name:
+            raise ValueError(
+                "template 'auto': this tokenizer was not saved by a ProxyV run, so nothing says "
+                f"which template it wants; name one of {', '.join(sorted(TEMPLATES))}"
+            )
+    if name not in TEMPLATES:
+        raise ValueError(nearest("template", name, TEMPLATES))
+    return TEMPLATES[name]
+
+
+def mark_template(tokenizer: Any, template: Template) -> None:
+    """Write the template into a tokenizer, so that a saved folder says how to talk to it."""
+    tokenizer.init_kwargs["proxyv_template"] = template.name
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = template.chat_template()
+
+
+@dataclass
+class _Pieces:
+    """A conversation on its way to ids: runs of text, control tokens and images, in order."""
+
+    items: list[tuple[str, str | int, bool]] = field(default_factory=list)
+
+    def text(self, text: str, supervised: bool) -> None:
+        """Add text; it joins the run before it where both are supervised, or both are not."""
+        if not text:
+            return
+        if self.items and self.items[-1][0] == "text" and self.items[-1][2] == supervised:
+            text = str(self.items.pop()[1]) + text
+        self.items.append(("text", text, supervised))
+
+    def control(self, token: str, supervised: bool) -> None:
+        """Add one control token."""
+        self.items.append(("control", token, supervised))
+
+    def image(self, length: int) -> None:
+        """Add the tokens of one image."""
+        self.items.append(("image", length, False))
+
+
+class Renderer:
+    """Turns conversations into ids and labels with one tokenizer and one template.
+
+    Args:
+        tokenizer: a fast (``tokenizers``-backed) tokenizer.
+        template: a template or its name; ``auto`` as in :func:`template_of`.
+        image_token_id: the id that stands for every token of an image; taken from the
+            vocabulary's ``<image>`` where not given.
+
+    Raises:
+        ValueError: the vocabulary lacks a control token of the template, or the tokenizer is slow.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: Template | str = "auto", image_token_id: int | None = None
+    ) -> None:
+        self.template = (
+            template if isinstance(template, Template) else template_of(tokenizer, template)
+        )
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"tokenizer {type(tokenizer).__name__} has no fast form, which the templates need; "
+                "load it from a folder with tokenizer.json"
+            )
+        vocabulary = tokenizer.get_vocab()
+        missing = sorted(token for token in self.template.controls if token not in vocabulary)
+        if missing:
+            raise ValueError(
+                f"template {self.template.name!r} needs the control tokens {', '.join(missing)}, "
+                "which the vocabulary of this tokenizer lacks; choose the template that belongs to "
+                "the language model"
+            )
+        self._control_ids = {token: vocabulary[token] for token in self.template.controls}
+        self.image_token_id = (
+            vocabulary.get(IMAGE_MARK) if image_token_id is None else image_token_id
+        )
+        self._backend, self._dummy_space = _plain_text_backend(backend, self.template.controls)
+
+    @property
+    def end_token_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self._control_ids[self.template.end_token]
+
+    def render(
+        self,
+        conversation: Iterable[Turn | Mapping[str, Any]],
+        image_lengths: Sequence[int] = (),
+    ) -> Rendered:
+        """Make ids and labels of a conversation for training.
+
+        Args:
+            conversation: see :func:`as_turns`; user and assistant take turns, and the last
+                message is an answer.
+            image_lengths: number of tokens of each image, in order of appearance.
+
+        Raises:
+            ValueError: the order of roles is wrong, there is no answer, or the number of
+                ``<image>`` marks differs from the number of images.
+        """
+        turns = as_turns(conversation)
+        if not any(turn.role == "assistant" for turn in turns):
+            raise ValueError("the conversation has no answer (no message from 'gpt')")
+        return self._encode(self._pieces(turns, image_lengths))
+
+    def prompt(
+        self,
+        conversation: Iterable[Turn | Mapping[str, Any]],
+        image_lengths: Sequence[int] = (),
+    ) -> list[int]:
+        """Make the ids that an answer is generated from: the last message is a user's."""
+        turns = as_turns(conversation)
+        if not turns or turns[-1].role != "user":
+            raise ValueError("a prompt must end with a message from the user")
+        return self._encode(self._pieces(turns, image_lengths)).input_ids
+
+    def _pieces(self, turns: list[Turn], image_lengths: Sequence[int]) -> _Pieces:
+        template, pieces, lengths = self.template, _Pieces(), list(image_lengths)
+        marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+        if marks != len(lengths):
+            raise ValueError(
+                f"the text has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} but there "
+                f"{'is 1 image' if len(lengths) == 1 else f'are {len(lengths)} images'}"
+            )
+        system = template.default_system
+        if turns and turns[0].role == "system":
+            system, turns = turns[0].text, turns[1:]
+            if not template.system:
+                raise ValueError(f"template {template.name!r} has no place for a system message")
+        self._add(pieces, template.start, "")
+        if system is not None:
+            self._add(pieces, template.system, system)
+        for number, turn in enumerate(turns):
+            wanted = "assistant" if number % 2 else "user"
+            if turn.role != wanted:
+                raise ValueError(f"message {number} is from {turn.role!r}, expected {wanted!r}")
+            if turn.role == "user":
+                self._add(pieces, template.user, _image_first(turn.text), lengths)
+            else:
+                self._add_answer(pieces, turn.text, last=number == len(turns) - 1)
+        return pieces
+
+    def _add_answer(self, pieces: _Pieces, text: str, last: bool) -> None:
+        for part in self.template.answer:
+            if isinstance(part, Control):
+                pieces.control(part, supervised=True)
+            elif isinstance(part, Message):
+                pieces.text(text, supervised=True)
+            elif text:  # what leads to an answer is not written before an empty one
+                pieces.text(part, supervised=True)
+        if not last:
+            self._add(pieces, self.template.after_answer, "")
+
+    @staticmethod
+    def _add(
+        pieces: _Pieces, parts: Sequence[Part], text: str, lengths: list[int] | None = None
+    ) -> None:
+        """Add unsupervised parts; with ``lengths``, each ``<image>`` in the text takes the next."""
+        for part in parts:
+            if isinstance(part, Control):
+                pieces.control(part, supervised=False)
+            elif not isinstance(part, Message):
+                pieces.text(part, supervised=False)
+            elif lengths is None:
+                pieces.text(text, supervised=False)
+            else:
+                for number, chunk in enumerate(text.split(IMAGE_MARK)):
+                    if number:
+                        pieces.image(lengths.pop(0))
+                    pieces.text(chunk, supervised=False)
+
+    def _encode(self, pieces: _Pieces) -> Rendered:
+        ids: list[int] = []
+        labels: list[int] = []
+        fresh = True  # a sentencepiece tokenizer starts a text with a dummy space
+        for kind, value, supervised in pieces.items:
+            if kind == "control":
+                new = [self._control_ids[str(value)]]
+            elif kind == "image":
+                if self.image_token_id is None:
+                    raise ValueError(
+                        f"the vocabulary has no {IMAGE_MARK} token: add it to the tokenizer, or "
+                        "give image_token_id"
+                    )
+                new, fresh = [self.image_token_id] * int(value), True
+            else:
+                text = "\u2581" + str(value) if fresh and self._dummy_space else str(value)
+                new, fresh = self._backend.encode(text, add_special_tokens=False).ids, False
+            ids += new
+            labels += new if supervised else [IGNORE_INDEX] * len(new)
+        return Rendered(ids, labels)
+
+
+def _image_first(text: str) -> str:
+    """Move the only ``<image>`` of a message to its front, as the authors do for every template.
+
+    Source: authors' ``preprocess_multimodal``. Differs: no.
+    """
+    if text.count(IMAGE_MARK) != 1 or text.startswith(IMAGE_MARK):
+        return text
+    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+
+
+def _plain_text_backend(backend: Tokenizer, controls: Iterable[str]) -> tuple[Tokenizer, bool]:
+    """Copy a tokenizer into one that sees no control tokens and adds no dummy space.
+
+    Returns:
+        The copy, and whether the original prefixes a text with a (sentencepiece) dummy space.
+        Removing that from the copy lets the renderer put it exactly where the reference has it:
+        at the start of a row and after an image, but not after a control token.
+    """
+    state = json.loads(backend.to_str())
+    hidden = {IMAGE_MARK, *controls}
+    state["added_tokens"] = [
+        token
+        for token in state["added_tokens"]
+        if not token["special"] and token["content"] not in hidden
+    ]
+    state["post_processor"] = state["truncation"] = state["padding"] = None
+    dummy_space = False
+    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] != "never":
+            step["prepend_scheme"], dummy_space = "never", True
+    for step in _steps(state["normalizer"], "normalizers"):
+        if step["type"] == "Prepend":
+            step["prepend"], dummy_space = "", True
+    return Tokenizer.from_str(json.dumps(state)), dummy_space
+
+
+def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a tokenizer component, whether it is one or a sequence."""
+    if step is None:
+        return []
+    return list(step[key]) if step["type"] == "Sequence" else [step]
+
+
+@functools.lru_cache(maxsize=8)
+def _renderer(tokenizer: Any, template: str, image_token_id: int | None) -> Renderer:
+    return Renderer(tokenizer, template, image_token_id)
+
+
+def render(
+    conversation: Iterable[Turn | Mapping[str, Any]],
+    tokenizer: Any,
+    template: str = "auto",
+    *,
+    image_lengths: Sequence[int] = (),
+    image_token_id: int | None = None,
+) -> Rendered:
+    """:meth:`Renderer.render` for callers that keep no renderer (it is cached)."""
+    return _renderer(tokenizer, template, image_token_id).render(conversation, image_lengths)
+
+
+def prompt(
+    conversation: Iterable[Turn | Mapping[str, Any]],
+    tokenizer: Any,
+    template: str = "auto",
+    *,
+    image_lengths: Sequence[int] = (),
+    image_token_id: int | None = None,
+) -> list[int]:
+    """:meth:`Renderer.prompt` for callers that keep no renderer (it is cached)."""
+    return _renderer(tokenizer, template, image_token_id).prompt(conversation, image_lengths)
