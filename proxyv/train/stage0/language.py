@@ -66,7 +66,7 @@ class LanguageSettings:
     batch: int = 24
     seed: int = 12
     ring: int = 6000
-    renew: int = 24
+    renew: int = 8
     workers: int = 1
     turns: int = 5
     mix: Mix = Mix(text=0.15, documents=0.5, charts=0.35)
@@ -143,6 +143,7 @@ class GridReader(Trainee):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         if not self.ring.pages:
+            self.ring.drawn = step * settings.renew  # a resumed run goes on to new pages
             self.ring.fill()
         self.ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
@@ -180,7 +181,7 @@ class GridReader(Trainee):
         return scores
 
 
-CHART_KINDS = ("bar", "barh", "grouped", "line", "pie")
+CHART_KINDS = ("bar", "hbar", "grouped", "line", "pie")
 
 
 def train_language(settings: LanguageSettings) -> None:

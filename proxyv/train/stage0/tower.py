@@ -57,7 +57,7 @@ class TowerSettings:
     batch: int = 32
     seed: int = 11
     ring: int = 6000
-    renew: int = 16
+    renew: int = 10
     workers: int = 1
     mix: Mix = Mix()
 
@@ -101,6 +101,7 @@ class ReadingTower(Trainee):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         if not self.ring.pages:
+            self.ring.drawn = step * settings.renew  # a resumed run goes on to new pages
             self.ring.fill()
         self.ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
