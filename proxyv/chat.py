@@ -1,0 +1,107 @@
+"""Ask a model about an image: ``python -m proxyv.chat --model DIR --image FILE --question TEXT``.
+
+Without ``--question`` it reads questions line by line, until the end of the input (Ctrl-D). The
+conversation goes on: earlier questions and answers are part of the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from proxyv.cli import CommandError, run_command
+
+__all__ = ["main", "talk"]
+
+MAX_NEW_TOKENS = 256
+
+Reply = Callable[[list[dict[str, str]]], str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proxyv.chat", description="Ask a model about one or more images."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model folder, or hub id")
+    add("--image", required=True, action="append", type=Path, help="image file; may be repeated")
+    add("--question", help="ask this and end (default: read questions, Ctrl-D ends)")
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens")
+    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    add("--attn", default="sdpa", help="sdpa, eager or flash_attention_2 (default: sdpa)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise CommandError(f"--max-new-tokens {args.max_new_tokens}: a number from 1 on is needed")
+    images = [_open(path) for path in args.image]
+    if args.question is not None and not args.question.strip():
+        raise CommandError("--question is empty: write a question, or leave it out for a prompt")
+    from proxyv.eval.answerer import Answerer
+
+    answerer = Answerer.load(
+        args.model,
+        dtype=args.dtype,
+        attention=args.attn,
+        device=args.device,
+        template=args.template,
+    )
+
+    def reply(conversation: list[dict[str, str]]) -> str:
+        return answerer.reply([conversation], [images], args.max_new_tokens)[0]
+
+    questions: Iterable[str] = [args.question]
+    if args.question is None:
+        print("Ask about the image; Ctrl-D ends.", file=sys.stderr)
+        questions = iter(_read_question, None)
+    talk(reply, len(images), questions, print)
+    return 0
+
+
+def talk(
+    reply: Reply, num_images: int, questions: Iterable[str], show: Callable[[str], object]
+) -> None:
+    """Hold a conversation whose first message brings the images; empty questions are skipped."""
+    from proxyv.eval.answerer import user_message
+
+    conversation: list[dict[str, str]] = []
+    for question in questions:
+        if not question.strip():
+            continue
+        brought = 0 if conversation else num_images
+        conversation.append(user_message(question.strip(), brought))
+        answer = reply(conversation)
+        conversation.append({"role": "assistant", "content": answer})
+        show(answer)
+
+
+def _read_question() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+def _open(path: Path) -> Image.Image:
+    from proxyv.eval.sources import open_image
+
+    if not path.is_file():
+        raise CommandError(f"--image {path}: no such file")
+    try:
+        return open_image(path.read_bytes())
+    except ValueError as error:
+        raise CommandError(f"--image {path}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

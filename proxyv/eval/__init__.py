@@ -1,0 +1,1 @@
+"""Evaluation on benchmarks: scores of a model with the evidence for each sample."""

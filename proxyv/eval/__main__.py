@@ -1,0 +1,155 @@
+"""Evaluate a model on benchmarks: ``python -m proxyv.eval --model DIR --tasks docvqa,chartqa``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from proxyv.cli import run_command
+from proxyv.eval.benchmarks import BENCHMARKS, select
+from proxyv.eval.controls import CONTROLS, check_control
+from proxyv.eval.records import write_json
+from proxyv.eval.report import results_table
+from proxyv.eval.sources import load_rows
+
+__all__ = ["main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proxyv.eval",
+        description="Score a model on benchmarks. A run that was stopped goes on where it was.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model folder, or hub id")
+    add("--tasks", required=True, help=f"names with commas between: {', '.join(BENCHMARKS)}")
+    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add("--output", type=Path, help="result folder (default: runs/eval/<model>[-<control>])")
+    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
+    add("--limit", type=int, help="only the first N rows of each task")
+    add("--control", help=f"change the images: {', '.join(CONTROLS)}")
+    add("--seed", type=int, default=0, help="seed of the shuffled images (default: 0)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    add("--attn", default="sdpa", help="sdpa, eager or flash_attention_2 (default: sdpa)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+    add("--overwrite", action="store_true", help="start again, discard results in the folder")
+    add("--json", action="store_true", help="print results.json instead of the table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 1 where a sample could not be asked, else 0."""
+    args = build_parser().parse_args(argv)
+    benchmarks = select(args.tasks)
+    check_control(args.control)
+    from proxyv.eval.runner import RunOptions, evaluate, open_output
+
+    options = RunOptions(args.batch_size, args.limit, args.control, args.seed)
+    from proxyv.eval.answerer import Answerer, check_model_name
+
+    check_model_name(args.model)
+    tables = [load_rows(benchmark, args.data) for benchmark in benchmarks]
+    answerer = Answerer.load(
+        args.model,
+        dtype=args.dtype,
+        attention=args.attn,
+        device=args.device,
+        template=args.template,
+    )
+    settings = _settings(args, answerer)
+    output = args.output or _default_output(args.model, args.control)
+    open_output(output, settings, overwrite=args.overwrite)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    tasks = {
+        benchmark.name: evaluate(
+            benchmark,
+            rows,
+            answerer,
+            options,
+            output,
+            warn=lambda line: errors.print(line, markup=False),
+        )
+        for benchmark, rows in zip(benchmarks, tables, strict=True)
+    }
+    results = _results(args.model, settings, answerer, _earlier_tasks(output) | tasks)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    write_json(output / "results.json", results)
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        Console().print(results_table(results))
+        errors.print(f"written: {output / 'results.json'}", markup=False)
+    return _report_failures(tasks)
+
+
+def _settings(args: argparse.Namespace, answerer: Any) -> dict[str, Any]:
+    """What the answers depend on; a run is resumed only where all of it is equal."""
+    from proxyv.eval.provenance import fingerprint
+
+    folder = Path(args.model)
+    return {
+        "weights": fingerprint(folder) if folder.is_dir() else args.model,
+        **answerer.describe(),
+        "batch_size": args.batch_size,
+        "limit": args.limit,
+        "control": args.control,
+        "seed": args.seed,
+    }
+
+
+def _default_output(model: str, control: str | None) -> Path:
+    name = Path(model).name or Path(model).resolve().name
+    return Path("runs", "eval", f"{name}-{control}" if control else name)
+
+
+def _earlier_tasks(output: Path) -> dict[str, Any]:
+    """Tasks of an earlier command with the same settings, which stay in the results."""
+    path = output / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+
+
+def _results(
+    model: str, settings: dict[str, Any], answerer: Any, tasks: dict[str, Any]
+) -> dict[str, Any]:
+    from proxyv.eval.provenance import git_commit, hardware, versions
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "model": model,
+        "tasks": tasks,
+        "settings": settings,
+        "prompt_template": answerer.describe()["template"],
+        "config": answerer.model.config.to_dict(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(answerer.device),
+        "date": now.isoformat(timespec="seconds"),
+    }
+
+
+def _report_failures(tasks: dict[str, Any]) -> int:
+    failed = [(name, error) for name, task in tasks.items() for error in task["errors"]]
+    for name, error in failed[:5]:
+        print(f"failed: {name} {error}", file=sys.stderr)
+    if failed:
+        print(
+            f"error: {len(failed)} samples could not be asked and count as wrong; the reasons are "
+            "in results.json",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

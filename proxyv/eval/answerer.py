@@ -1,0 +1,200 @@
+"""A model that answers questions about images: loading, prompts, batches, greedy generation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from proxyv.cli import CommandError, nearest
+from proxyv.data.templates import IMAGE_MARK, Renderer
+from proxyv.eval.sources import hub_reachable
+
+__all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def user_message(question: str, num_images: int) -> dict[str, str]:
+    """A user's message: the images first, then the question.
+
+    Source: lmms-eval 0.7.3, model ``llava``. Differs: no.
+    """
+    marks = " ".join([IMAGE_MARK] * num_images)
+    return {"role": "user", "content": f"{marks}\n{question}" if num_images else question}
+
+
+class Answerer:
+    """A model with its processor and chat template.
+
+    Args:
+        model: a `ProxyVForConditionalGeneration`.
+        processor: its processor.
+        template: name of the chat template; ``auto`` takes the one saved with the tokenizer.
+    """
+
+    def __init__(self, model: Any, processor: Any, template: str = "auto") -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.renderer = Renderer(processor.tokenizer, template, model.config.image_token_id)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str | None = None,
+        attention: str = "sdpa",
+        device: str | None = None,
+        template: str = "auto",
+    ) -> Answerer:
+        """Load a model folder, or a model of the hub.
+
+        Args:
+            name: folder that holds model, processor and tokenizer, or a hub id.
+            dtype: a key of `DTYPES`; bfloat16 on a GPU and float32 elsewhere by default.
+            attention: a name in `ATTENTION`.
+            device: ``cpu``, ``cuda``, ``cuda:1``; the first GPU where there is one by default.
+            template: see the class.
+
+        Raises:
+            CommandError: no such folder, or an option that does not exist.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        import proxyv  # noqa: F401  (registers the model type)
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+        if dtype not in DTYPES:
+            raise CommandError(nearest("dtype", dtype, DTYPES))
+        if attention not in ATTENTION:
+            raise CommandError(nearest("attention", attention, ATTENTION))
+        check_model_name(name)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=DTYPES[dtype], attn_implementation=attention
+        )
+        return cls(model.to(place), AutoProcessor.from_pretrained(name), template)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def describe(self) -> dict[str, Any]:
+        """What the answers depend on besides the weights."""
+        return {
+            "template": self.renderer.template.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": self.model.config._attn_implementation,
+            "device": self.device.type,
+        }
+
+    def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
+        """Number of input tokens of a question about images of these heights and widths."""
+        lengths = [self.processor.num_image_tokens(size_hw) for size_hw in sizes_hw]
+        return len(self.renderer.prompt([user_message(question, len(sizes_hw))], lengths))
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """Answer questions in one batch, each about its own images (none for text alone)."""
+        conversations = [
+            [user_message(question, len(own))]
+            for question, own in zip(questions, images, strict=True)
+        ]
+        return self.reply(conversations, images, max_new_tokens)
+
+    @torch.inference_mode()
+    def reply(
+        self,
+        conversations: Sequence[Iterable[Mapping[str, str]]],
+        images: Sequence[Sequence[Image.Image]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """Write the next message of each conversation, greedily.
+
+        Args:
+            conversations: messages with ``role`` and ``content``; the last one is the user's.
+            images: images of each conversation, in the order of their ``<image>`` marks.
+            max_new_tokens: longest answer.
+
+        Returns:
+            One text for each conversation, without special tokens and outer white space.
+        """
+        inputs = self._inputs(conversations, images)
+        tokenizer = self.processor.tokenizer
+        generated = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._end_token_ids(),
+            pad_token_id=self._pad_token_id(),
+        )
+        new = generated[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _inputs(
+        self,
+        conversations: Sequence[Iterable[Mapping[str, str]]],
+        images: Sequence[Sequence[Image.Image]],
+    ) -> dict[str, torch.Tensor]:
+        """Build the left-padded batch; text alone brings no pixels."""
+        flat = [image for own in images for image in own]
+        pixels: dict[str, torch.Tensor] = self.processor.image_inputs(flat) if flat else {}
+        lengths = iter(self.processor.image_lengths(pixels) if flat else [])
+        rows = [
+            self.renderer.prompt(conversation, [next(lengths) for _ in own])
+            for conversation, own in zip(conversations, images, strict=True)
+        ]
+        longest = max(map(len, rows))
+        pad = self._pad_token_id()
+        input_ids = [[pad] * (longest - len(row)) + row for row in rows]
+        attention = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        batch = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(attention)}
+        batch |= pixels
+        return {
+            name: tensor.to(self.device, self.model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
+
+    def _pad_token_id(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return self.renderer.end_token_id if pad is None else pad
+
+    def _end_token_ids(self) -> list[int]:
+        configured = self.model.generation_config.eos_token_id
+        known = configured if isinstance(configured, list) else [configured]
+        ends = {self.renderer.end_token_id, *(token for token in known if token is not None)}
+        return sorted(ends)
+
+
+def check_model_name(name: str) -> None:
+    """Say in one line that a model is not there, before a library tries for half a minute.
+
+    Raises:
+        CommandError: neither a folder nor a hub id that could be loaded.
+    """
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise CommandError(f"--model {name}: the folder has no config.json, it is no model")
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise CommandError(f"--model {name}: no such folder")
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not hub_reachable():
+        raise CommandError(
+            f"--model {name}: no such folder, and the Hugging Face hub cannot be reached to look "
+            "for a model of that name (an earlier download is used with HF_HUB_OFFLINE=1)"
+        )

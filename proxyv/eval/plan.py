@@ -1,0 +1,161 @@
+"""Which questions are asked together: samples with their images, sorted by length into batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from proxyv.eval.benchmarks import Benchmark, Record, Sample
+from proxyv.eval.controls import blank_like, derange
+from proxyv.eval.sources import Rows, image_bytes, image_size_hw, open_image
+
+__all__ = ["Answering", "Item", "item_images", "make_batches", "make_items", "make_record"]
+
+
+class Answering(Protocol):
+    """What the runner needs of a model; `proxyv.eval.answerer.Answerer` is the real one."""
+
+    def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
+        """Number of input tokens of a question about images of these sizes."""
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """Answer questions in one batch, each about its own images."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample together with the image it is asked about.
+
+    Attributes:
+        index: row of the question.
+        sample: the question.
+        image_index: row whose image is shown, None for no image.
+        size_hw: height and width of that image.
+        blank: whether a grey image of that size is shown instead.
+        length: input tokens, for sorting.
+    """
+
+    index: int
+    sample: Sample
+    image_index: int | None
+    size_hw: tuple[int, int] | None
+    blank: bool
+    length: int
+
+
+def make_record(
+    benchmark: Benchmark,
+    rows: Rows,
+    index: int,
+    *,
+    sample: Sample | None,
+    image_index: int | None = None,
+    answer: str | None = None,
+    error: Exception | None = None,
+) -> Record:
+    """The result of one sample; with an error, or without an answer, it counts as wrong.
+
+    Returns:
+        ``index`` (row), ``question_id``, ``question``, ``prompt``, ``references``, ``answer`` (as
+        the model gave it), ``score``, ``kind``, ``document``, ``image_index`` (row whose image was
+        shown) and ``error``.
+    """
+    row = rows[index]
+    references = [] if sample is None else list(sample.references)
+    return {
+        "index": index,
+        "question_id": benchmark.question_id(index, row),
+        "question": None if sample is None else sample.question,
+        "prompt": None if sample is None else sample.prompt,
+        "references": references,
+        "answer": answer,
+        "score": 0.0 if answer is None or error else benchmark.score(answer, references),
+        "kind": benchmark.kind(row),
+        "document": None if sample is None else sample.document,
+        "image_index": image_index,
+        "error": None if error is None else " ".join(str(error).split()),
+    }
+
+
+def make_items(
+    benchmark: Benchmark,
+    rows: Rows,
+    indices: Sequence[int],
+    answering: Answering,
+    control: str | None = None,
+    seed: int = 0,
+) -> tuple[list[Item], list[Record]]:
+    """Read the questions and look at their images, without decoding these.
+
+    Returns:
+        The items in row order, and one record for each row that cannot be asked.
+    """
+    samples: dict[int, Sample] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    owners: dict[int, list[str]] = {}
+    failures: list[Record] = []
+    for index in indices:
+        row, sample = rows[index], None
+        try:
+            sample = benchmark.sample(index, row)
+            if control != "question-only":
+                content = image_bytes(row["image"], rows.folder)
+                sizes[index] = image_size_hw(content)
+                owners[index] = ["image " + hashlib.sha256(content).hexdigest()]
+                if sample.document is not None:
+                    owners[index].append("document " + sample.document)
+        except ValueError as error:
+            failures.append(make_record(benchmark, rows, index, sample=sample, error=error))
+            continue
+        samples[index] = sample
+    shown: dict[int, int | None] = {index: index for index in samples}
+    if control == "question-only":
+        shown = dict.fromkeys(samples)
+    elif control == "shuffled-images":
+        usable = list(samples)
+        partners = derange([owners[index] for index in usable], seed)
+        shown = {index: usable[partner] for index, partner in zip(usable, partners, strict=True)}
+    items = []
+    for index, sample in samples.items():
+        image_index = shown[index]
+        size_hw = None if image_index is None else sizes[image_index]
+        try:
+            length = answering.length(sample.prompt, [] if size_hw is None else [size_hw])
+        except ValueError as error:
+            failures.append(make_record(benchmark, rows, index, sample=sample, error=error))
+            continue
+        blank = control == "blank-images"
+        items.append(Item(index, sample, image_index, size_hw, blank, length))
+    return items, failures
+
+
+def make_batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Cut the items into batches of similar length, the longest first.
+
+    The order depends on nothing but the items, so that a resumed run has the same batches. What
+    does not fit in memory fails in the first batch, not in the last.
+    """
+    ordered = sorted(items, key=lambda item: (-item.length, item.index))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def item_images(rows: Rows, item: Item) -> list[Image.Image]:
+    """The images that are shown with a question: one, or none.
+
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
+    if item.image_index is None or item.size_hw is None:
+        return []
+    if item.blank:
+        return [blank_like(item.size_hw)]
+    return [open_image(image_bytes(rows[item.image_index]["image"], rows.folder))]

@@ -1,0 +1,251 @@
+"""Where the rows of a benchmark come from: the hub, or a folder given by ``--data``.
+
+A folder DIR holds one folder for each task, ``DIR/docvqa`` for instance, in one of three forms:
+
+- parquet files whose names begin with the split (``validation.parquet``,
+  ``data/validation-00000-of-00006.parquet``),
+- what ``datasets`` writes with ``save_to_disk``,
+- one ``.json`` or ``.jsonl`` file of rows, with image paths relative to the folder.
+
+Images stay undecoded in the rows, so that one corrupt image costs one sample and not the run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from proxyv.cli import CommandError
+from proxyv.eval.benchmarks import Benchmark
+
+__all__ = ["Rows", "hub_reachable", "image_bytes", "image_size_hw", "load_rows", "open_image"]
+
+HUB_TIMEOUT_S = 5.0
+SPLIT_NAMES = ("train", "val", "validation", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one benchmark.
+
+    Attributes:
+        table: the rows; images are undecoded.
+        origin: where they came from, for messages and result files.
+        folder: folder that relative image paths start from, None for the hub.
+    """
+
+    table: Sequence[Mapping[str, Any]]
+    origin: str
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.table[index]
+
+
+def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
+    """Load the rows of a benchmark, from ``data`` where it is given and else from the hub.
+
+    Raises:
+        CommandError: nothing usable is there; the message says what was looked for.
+    """
+    rows = _from_hub(benchmark) if data is None else _from_folder(benchmark, data)
+    if not len(rows):
+        raise CommandError(f"{benchmark.name}: {rows.origin} has no rows")
+    present = _columns(rows.table)
+    missing = [column for column in benchmark.columns if column not in present]
+    if missing:
+        raise CommandError(
+            f"{benchmark.name}: {rows.origin} lacks the column{'s' * (len(missing) > 1)} "
+            f"{', '.join(map(repr, missing))} (it has {', '.join(map(repr, sorted(present)))})"
+        )
+    return rows
+
+
+def _columns(table: Any) -> set[str]:
+    if hasattr(table, "column_names"):
+        return set(table.column_names)
+    return {column for row in table for column in row}
+
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers within seconds; never tried with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered, if only to refuse
+    except OSError:
+        return False
+
+
+def _from_hub(benchmark: Benchmark) -> Rows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants
+
+    advice = (
+        f"give --data DIR with the folder DIR/{benchmark.name}, or make the local small world: "
+        "python -m proxyv.synthetic --out DIR, then --data DIR"
+    )
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not hub_reachable():
+        raise CommandError(
+            f"{benchmark.name}: the Hugging Face hub ({constants.ENDPOINT}) cannot be reached, so "
+            f"{benchmark.repositories[0]} cannot be loaded; {advice} (an earlier download is used "
+            "with HF_HUB_OFFLINE=1)"
+        )
+    reasons = []
+    for repository in benchmark.repositories:
+        try:
+            table = load_dataset(repository, benchmark.config, split=benchmark.split)
+        except (DatasetNotFoundError, ConnectionError, ValueError) as error:
+            reasons.append(f"{repository}: {error}")
+            continue
+        return Rows(_undecoded(table), f"hub:{repository}/{benchmark.split}")
+    why = "HF_HUB_OFFLINE=1 and no earlier download was found" if offline else "; ".join(reasons)
+    raise CommandError(f"{benchmark.name}: not loaded from the hub ({why}); {advice}")
+
+
+def _undecoded(table: Any) -> Any:
+    """Keep the images of a ``datasets`` table as bytes or paths."""
+    from datasets import Image as ImageFeature
+
+    for column, feature in table.features.items():
+        if isinstance(feature, ImageFeature):
+            table = table.cast_column(column, ImageFeature(decode=False))
+    return table
+
+
+def _from_folder(benchmark: Benchmark, data: Path) -> Rows:
+    if not data.is_dir():
+        raise CommandError(f"--data {data}: no such folder")
+    folder = data / benchmark.name
+    if not folder.is_dir():
+        found = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir())) or "none"
+        raise CommandError(
+            f"--data {data}: no folder {benchmark.name!r} in it (folders found: {found})"
+        )
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return Rows(_saved_table(benchmark, folder), str(folder), folder)
+    parquet = _parquet_files(benchmark, folder)
+    if parquet:
+        from datasets import load_dataset
+
+        files = [str(path) for path in parquet]
+        table = load_dataset("parquet", data_files=files, split="train")
+        return Rows(_undecoded(table), str(folder), folder)
+    lists = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+    if len(lists) == 1:
+        return Rows(_json_rows(lists[0]), str(lists[0]), folder)
+    raise CommandError(
+        f"{benchmark.name}: {folder} holds {len(lists) or 'no'} JSON files and no parquet file of "
+        f"the split {benchmark.split!r}; needed is {benchmark.split}*.parquet, a save_to_disk "
+        "folder, or exactly one .json or .jsonl file with its images"
+    )
+
+
+def _saved_table(benchmark: Benchmark, folder: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    if isinstance(saved, DatasetDict):
+        if benchmark.split not in saved:
+            raise CommandError(
+                f"{benchmark.name}: {folder} has no split {benchmark.split!r} "
+                f"(it has {', '.join(saved)})"
+            )
+        saved = saved[benchmark.split]
+    return _undecoded(saved)
+
+
+def _parquet_files(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """Parquet files of the split; files of another split are never taken instead."""
+    places = [folder, folder / "data"]
+    if benchmark.config:
+        places.append(folder / benchmark.config)
+    files = sorted(path for place in places for path in place.glob("*.parquet"))
+    wanted = [path for path in files if path.stem.startswith(benchmark.split)]
+    named = [path for path in files if path.stem.startswith(SPLIT_NAMES)]
+    return wanted or ([] if named else files)
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CommandError(f"{path}: a list of rows (JSON objects) is needed")
+    return rows
+
+
+def image_bytes(cell: Any, folder: Path | None) -> bytes:
+    """The encoded image of a row.
+
+    Args:
+        cell: a path, encoded bytes, or ``{"bytes", "path"}`` as ``datasets`` stores images.
+        folder: where relative paths start.
+
+    Raises:
+        ValueError: the row has no image, or its file cannot be read.
+    """
+    path = cell.get("path") if isinstance(cell, Mapping) else cell
+    content = cell.get("bytes") if isinstance(cell, Mapping) else None
+    if isinstance(cell, bytes):
+        content = cell
+    if content:
+        return content
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError("the row has no image")
+    file = Path(folder or ".", path)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {file} cannot be read ({error.strerror or error})") from error
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Decode an image to RGB.
+
+    Raises:
+        ValueError: the bytes are no complete image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
+def image_size_hw(content: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image, from its header alone.
+
+    Raises:
+        ValueError: the bytes are no image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error

@@ -1,0 +1,438 @@
+"""The evaluation command: sources, controls, batches, resuming, bad samples, result files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from proxyv.cli import CommandError
+from proxyv.eval import sources
+from proxyv.eval.benchmarks import BENCHMARKS, select
+from proxyv.eval.controls import check_control, derange
+from proxyv.eval.plan import make_batches, make_items
+from proxyv.eval.records import read_records, write_json
+from proxyv.eval.runner import RunOptions, evaluate, open_output
+from proxyv.eval.sources import Rows, load_rows
+
+DOCVQA, CHARTQA = BENCHMARKS["docvqa"], BENCHMARKS["chartqa"]
+
+
+def png(shade: int, size_hw: tuple[int, int] = (20, 30)) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((*size_hw, 3), shade, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def document_rows(count: int) -> list[dict[str, Any]]:
+    """Two questions on each document; the answer is the shade of its page."""
+    return [
+        {
+            "questionId": str(1000 + index),
+            "question": "What shade" + " exactly" * (index % 3) + "?",
+            "image": {"bytes": png(10 + index // 2), "path": None},
+            "docId": index // 2,
+            "answers": [f"shade {10 + index // 2}"],
+        }
+        for index in range(count)
+    ]
+
+
+def chart_rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "human_test" if index < count // 2 else "augmented_test",
+            "question": f"How much is bar {index}?",
+            "answer": str(40 + index),
+            "image": {"bytes": png(40 + index), "path": None},
+        }
+        for index in range(count)
+    ]
+
+
+class Reader:
+    """Stands in for a model: reads the shade of the image, and counts what it was asked."""
+
+    def __init__(self, word: str = "shade ", stop_after: int | None = None) -> None:
+        self.word, self.stop_after = word, stop_after
+        self.batches: list[list[str]] = []
+
+    def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
+        return len(question) + 100 * len(sizes_hw)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        if self.stop_after is not None and len(self.batches) == self.stop_after:
+            raise KeyboardInterrupt
+        self.batches.append(list(questions))
+        assert all(image.mode == "RGB" for own in images for image in own)
+        return [f"{self.word}{np.asarray(own[0])[0, 0, 0]}" if own else "nothing" for own in images]
+
+
+def run(
+    rows: list[dict[str, Any]],
+    output: Path,
+    benchmark: Any = DOCVQA,
+    reader: Reader | None = None,
+    **options: Any,
+) -> tuple[dict[str, Any], list[str]]:
+    lines: list[str] = []
+    table = Rows(rows, "memory")
+    result = evaluate(
+        benchmark, table, reader or Reader(), RunOptions(**options), output, lines.append
+    )
+    return result, lines
+
+
+# ---- benchmarks
+
+
+def test_prompts_are_the_benchmarks_own() -> None:
+    document = DOCVQA.sample(0, document_rows(1)[0])
+    chart = CHARTQA.sample(0, chart_rows(1)[0])
+    assert document.prompt == "What shade?\nAnswer the question using a single word or phrase."
+    assert chart.prompt == "How much is bar 0?\nAnswer the question with a single word."
+    assert (DOCVQA.max_new_tokens, CHARTQA.max_new_tokens) == (32, 16)
+    assert (DOCVQA.split, CHARTQA.split) == ("validation", "test")
+    assert document.question_id == "1000" and chart.question_id == "0"
+
+
+def test_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(CommandError, match=r"unknown task 'docvq': did you mean 'docvqa'"):
+        select("chartqa,docvq")
+    with pytest.raises(CommandError, match="names no task"):
+        select(" , ")
+    assert [task.name for task in select("chartqa, docvqa,chartqa")] == ["chartqa", "docvqa"]
+
+
+def test_unknown_control_names_the_nearest() -> None:
+    with pytest.raises(CommandError, match="did you mean 'blank-images'"):
+        check_control("blank")
+
+
+def test_chart_scores_of_both_halves(tmp_path: Path) -> None:
+    rows = chart_rows(6)
+    rows[0]["answer"] = "7"
+    result, _ = run(rows, tmp_path, CHARTQA, Reader(word=""))
+    values = {name: entry["value"] for name, entry in result["scores"].items()}
+    assert values == {
+        "relaxed_overall": pytest.approx(5 / 6),
+        "relaxed_human_split": pytest.approx(2 / 3),
+        "relaxed_augmented_split": 1.0,
+    }
+    assert [entry["samples"] for entry in result["scores"].values()] == [6, 3, 3]
+
+
+# ---- running
+
+
+def test_every_sample_has_one_line_with_its_evidence(tmp_path: Path) -> None:
+    result, _ = run(document_rows(10), tmp_path, batch_size=4)
+    records = read_records(tmp_path / "docvqa.jsonl")
+    assert sorted(record["index"] for record in records) == list(range(10))
+    first = next(record for record in records if record["index"] == 3)
+    assert first == {
+        "index": 3,
+        "question_id": "1003",
+        "question": "What shade?",
+        "prompt": "What shade?\nAnswer the question using a single word or phrase.",
+        "references": ["shade 11"],
+        "answer": "shade 11",
+        "score": 1.0,
+        "kind": None,
+        "document": "1",
+        "image_index": 3,
+        "error": None,
+    }
+    assert result["scores"]["anls"]["value"] == 1.0
+    assert (result["samples"], result["failed"]) == (10, 0)
+
+
+def test_batches_are_sorted_by_length() -> None:
+    table = Rows(document_rows(9), "memory")
+    items, _ = make_items(DOCVQA, table, range(9), Reader())
+    batches = make_batches(items, 4)
+    lengths = [item.length for batch in batches for item in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    assert make_batches(items[::-1], 4) == batches
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    rows, whole, parts = document_rows(23), tmp_path / "whole", tmp_path / "parts"
+    expected, _ = run(rows, whole, batch_size=3)
+    for stop_after in (2, 0, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(rows, parts, reader=Reader(stop_after=stop_after), batch_size=3)
+    path = parts / "docvqa.jsonl"
+    assert len(read_records(path)) == 15
+    with path.open("a", encoding="utf-8") as stream:  # killed in the middle of a line
+        stream.write('{"index": 22, "ques')
+    reader = Reader()
+    result, lines = run(rows, parts, reader=reader, batch_size=3)
+    assert "resuming, 15 of 23 samples" in lines[0]
+    assert sum(map(len, reader.batches)) == 8
+    assert {**result, "seconds": 0} == {**expected, "seconds": 0}
+    by_index = lambda record: record["index"]  # noqa: E731
+    assert sorted(read_records(path), key=by_index) == sorted(
+        read_records(whole / "docvqa.jsonl"), key=by_index
+    )
+
+
+def test_a_batch_that_was_half_written_is_asked_again_whole(tmp_path: Path) -> None:
+    rows = document_rows(8)
+    run(rows, tmp_path, batch_size=4)
+    path = tmp_path / "docvqa.jsonl"
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:6]), encoding="utf-8")
+    reader = Reader()
+    result, _ = run(rows, tmp_path, reader=reader, batch_size=4)
+    assert [len(batch) for batch in reader.batches] == [4]
+    assert result["samples"] == len(read_records(path)) == 8
+
+
+def test_changed_data_is_noticed_when_resuming(tmp_path: Path) -> None:
+    rows = document_rows(4)
+    run(rows, tmp_path)
+    rows[2]["answers"] = ["another"]
+    with pytest.raises(CommandError, match="row 2 is another question now"):
+        run(rows, tmp_path)
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    run(document_rows(4), tmp_path)
+    path = tmp_path / "docvqa.jsonl"
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{oops\n", *lines[2:]]), encoding="utf-8")
+    with pytest.raises(CommandError, match=r"docvqa\.jsonl, line 2 is damaged"):
+        run(document_rows(4), tmp_path)
+
+
+def test_other_settings_do_not_mix(tmp_path: Path) -> None:
+    settings = {"weights": "a", "batch_size": 4, "control": None}
+    open_output(tmp_path, settings)
+    open_output(tmp_path, settings)
+    with pytest.raises(CommandError, match="holds a run with batch_size 4, this one has 8"):
+        open_output(tmp_path, {**settings, "batch_size": 8})
+    (tmp_path / "docvqa.jsonl").write_text("old", encoding="utf-8")
+    open_output(tmp_path, {**settings, "batch_size": 8}, overwrite=True)
+    assert not (tmp_path / "docvqa.jsonl").exists()
+
+
+def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
+    rows = document_rows(8)
+    rows[1]["answers"] = []
+    rows[2]["image"] = {"bytes": None, "path": "missing.png"}
+    rows[3]["image"] = {"bytes": b"no image at all", "path": None}
+    whole = png(77, (400, 300))
+    rows[4]["image"] = {"bytes": whole[: len(whole) // 2], "path": None}  # the header is good
+    rows[5]["question"] = None
+    result, _ = run(rows, tmp_path, batch_size=3)
+    assert result["failed"] == 5
+    assert result["scores"]["anls"] == {
+        "value": pytest.approx(3 / 8),
+        "interval": result["scores"]["anls"]["interval"],
+        "samples": 8,
+    }
+    errors = {line.split(":")[0]: line for line in result["errors"]}
+    assert "'answers' holds []" in errors["1001"]
+    assert "missing.png cannot be read" in errors["1002"]
+    assert "cannot be decoded" in errors["1003"] and "cannot be decoded" in errors["1004"]
+    assert "'question' holds None" in errors["1005"]
+    rows[2] = document_rows(8)[2]  # mended: only failed samples are tried again
+    result, _ = run(rows, tmp_path, batch_size=3)
+    assert result["failed"] == 4
+
+
+def test_limit_says_what_it_leaves_out(tmp_path: Path) -> None:
+    result, lines = run(chart_rows(8), tmp_path / "a", CHARTQA, limit=4)
+    assert result["samples"] == 4
+    assert "leaves out every row of augmented_test" in lines[0]
+    _, lines = run(chart_rows(8), tmp_path / "b", CHARTQA, limit=6)
+    assert not lines
+    with pytest.raises(CommandError, match="--limit 0"):
+        RunOptions(limit=0)
+    with pytest.raises(CommandError, match="--batch-size -1"):
+        RunOptions(batch_size=-1)
+
+
+# ---- controls
+
+
+def test_shuffled_images_show_another_document(tmp_path: Path) -> None:
+    result, _ = run(document_rows(12), tmp_path, control="shuffled-images")
+    assert result["scores"]["anls"]["value"] < 1.0
+    records = read_records(tmp_path / "docvqa.jsonl")
+    assert all(record["image_index"] // 2 != record["index"] // 2 for record in records)
+    assert sorted(record["image_index"] for record in records) == list(range(12))
+    assert all(record["answer"] == f"shade {10 + record['image_index'] // 2}" for record in records)
+
+
+def test_blank_images_are_grey_and_of_the_same_size(tmp_path: Path) -> None:
+    seen: list[Image.Image] = []
+
+    class Keeper(Reader):
+        def answer(self, questions: Any, images: Any, max_new_tokens: int) -> list[str]:
+            seen.extend(image for own in images for image in own)
+            return super().answer(questions, images, max_new_tokens)
+
+    run(document_rows(3), tmp_path, reader=Keeper(), control="blank-images")
+    assert {image.size for image in seen} == {(30, 20)}
+    assert {image.getpixel((5, 5)) for image in seen} == {(128, 128, 128)}
+
+
+def test_question_only_shows_no_image(tmp_path: Path) -> None:
+    rows = document_rows(3)
+    rows[0]["image"] = None
+    result, _ = run(rows, tmp_path, control="question-only")
+    assert result["failed"] == 0
+    answers = [record["answer"] for record in read_records(tmp_path / "docvqa.jsonl")]
+    assert answers == ["nothing"] * 3
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 3))
+def test_derangement_never_meets_its_own_document(owners: list[int], seed: int) -> None:
+    keys = [[f"document {owner}"] for owner in owners]
+    if 2 * max(map(owners.count, owners)) > len(owners):
+        with pytest.raises(ValueError, match="about one document"):
+            derange(keys, seed)
+        return
+    partner = derange(keys, seed)
+    assert sorted(partner) == list(range(len(owners)))
+    assert all(owners[place] != owners[other] for place, other in enumerate(partner))
+    assert partner == derange(keys, seed)
+
+
+def test_equal_images_of_different_documents_are_one_document() -> None:
+    keys = [["a", "x"], ["b", "x"], ["b", "y"], ["c", "z"], ["d", "w"], ["e", "v"]]
+    for seed in range(20):
+        partner = derange(keys, seed)
+        assert not set(partner[:3]) & {0, 1, 2}
+
+
+# ---- sources
+
+
+def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(str(path))
+
+
+def test_parquet_saved_and_json_folders_hold_the_same_rows(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+    from datasets import Image as ImageFeature
+
+    rows = document_rows(4)
+    save_parquet(tmp_path / "a/docvqa/data/validation-00000-of-00001.parquet", rows)
+    save_parquet(tmp_path / "a/docvqa/data/test-00000-of-00001.parquet", rows[:1])
+    table = Dataset.from_list(rows).cast_column("image", ImageFeature())
+    DatasetDict({"validation": table}).save_to_disk(str(tmp_path / "b/docvqa"))
+    (tmp_path / "c/docvqa/images").mkdir(parents=True)
+    for index, row in enumerate(rows):
+        (tmp_path / f"c/docvqa/images/{index}.png").write_bytes(row["image"]["bytes"])
+    listed = [{**row, "image": f"images/{index}.png"} for index, row in enumerate(rows)]
+    (tmp_path / "c/docvqa/validation.json").write_text(json.dumps(listed), encoding="utf-8")
+    for name in "abc":
+        loaded = load_rows(DOCVQA, tmp_path / name)
+        assert len(loaded) == 4
+        for index, row in enumerate(rows):
+            content = sources.image_bytes(loaded[index]["image"], loaded.folder)
+            assert content == row["image"]["bytes"]
+            assert DOCVQA.sample(index, loaded[index]) == DOCVQA.sample(index, row)
+
+
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_a_missing_column_is_named(tmp_path: Path, form: str) -> None:
+    rows = [{key: row[key] for key in row if key != "answers"} for row in document_rows(2)]
+    if form == "parquet":
+        save_parquet(tmp_path / "docvqa/validation.parquet", rows)
+    else:
+        (tmp_path / "docvqa").mkdir()
+        listed = [{**row, "image": "x.png"} for row in rows]
+        (tmp_path / "docvqa/rows.json").write_text(json.dumps(listed), encoding="utf-8")
+    with pytest.raises(CommandError, match=r"lacks the column 'answers' \(it has 'docId'"):
+        load_rows(DOCVQA, tmp_path)
+
+
+def test_another_split_is_never_taken_instead(tmp_path: Path) -> None:
+    save_parquet(tmp_path / "docvqa/train.parquet", document_rows(2))
+    with pytest.raises(CommandError, match="no parquet file of the split 'validation'"):
+        load_rows(DOCVQA, tmp_path)
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="nowhere: no such folder"):
+        load_rows(DOCVQA, tmp_path / "nowhere")
+    (tmp_path / "chartqa").mkdir()
+    with pytest.raises(CommandError, match=r"no folder 'docvqa' in it \(folders found: chartqa\)"):
+        load_rows(DOCVQA, tmp_path)
+    with pytest.raises(CommandError, match="holds no JSON files and no parquet"):
+        load_rows(CHARTQA, tmp_path)
+    (tmp_path / "chartqa/test.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CommandError, match="not valid JSON"):
+        load_rows(CHARTQA, tmp_path)
+
+
+def test_no_hub_says_so_and_names_the_local_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CommandError) as caught:
+        load_rows(DOCVQA)
+    for part in ("cannot be reached", "lmms-lab-encoder/DocVQA", "--data DIR", "proxyv.synthetic"):
+        assert part in str(caught.value)
+
+
+def test_offline_mode_does_not_try_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(CommandError, match="HF_HUB_OFFLINE=1 and no earlier download"):
+        load_rows(CHARTQA)
+
+
+def test_the_former_owner_is_tried_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    tried = []
+
+    def load(repository: str, config: str | None, split: str) -> Dataset:
+        tried.append((repository, config, split))
+        if repository.startswith("lmms-lab-encoder"):
+            raise DatasetNotFoundError("gone")
+        return Dataset.from_list(document_rows(2))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert load_rows(DOCVQA).origin == "hub:lmms-lab/DocVQA/validation"
+    assert tried == [
+        ("lmms-lab-encoder/DocVQA", "DocVQA", "validation"),
+        ("lmms-lab/DocVQA", "DocVQA", "validation"),
+    ]
+
+
+def test_json_files_are_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "deep/results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text("utf-8")) == {"a": 1}

@@ -1,0 +1,175 @@
+"""Scores of the benchmarks, against strings worked by hand and against reference outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.metrics import anls, mean, relaxed_accuracy
+from proxyv.eval.report import bootstrap_interval
+
+TEXT = st.text(max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("kitten", ["sitting"], 1 - 3 / 7),
+        ("Hello World", ["hello world"], 1.0),
+        ("hello\nworld", ["hello  world"], 1.0),
+        ("  12 May 1975 ", ["12 May 1975"], 1.0),
+        ("1234", ["1,234", "1234"], 1.0),
+        ("answer.", ["answer"], 1 - 1 / 7),
+        ("The Times", ["Times"], 1 - 4 / 9),
+        ("", ["hello"], 0.0),
+        ("", [""], 1.0),
+        ("abc", [""], 0.0),
+    ],
+)
+def test_anls_by_hand(prediction: str, references: list[str], score: float) -> None:
+    assert anls(prediction, references) == pytest.approx(score, abs=1e-12)
+
+
+def test_anls_keeps_exactly_one_half_and_drops_less() -> None:
+    assert anls("ab", ["ax"]) == 0.5
+    assert anls("abcdefghijk", ["abcdefXXXXX"]) == pytest.approx(6 / 11)
+    assert anls("abcdefghijk", ["abcdeXXXXXX"]) == 0.0
+
+
+def test_anls_divides_by_the_raw_length_of_the_reference() -> None:
+    assert anls("axx", ["ab      "]) == 0.75  # collapsed it would be 1/3, that is 0
+
+
+def test_anls_counts_the_upper_case_length_of_sharp_s() -> None:
+    assert anls("ß", ["s"]) == 0.5
+
+
+def test_anls_does_not_unify_unicode_forms() -> None:
+    assert anls("\u00e9", ["e\u0301"]) == 0.0
+
+
+def test_anls_takes_the_best_reference_not_any_hit() -> None:
+    # An early release of the harness gave 1.0 as soon as any reference scored above 0.
+    assert anls("abcd", ["abcx", "zzzz"]) == 0.75
+
+
+def test_anls_without_references_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one reference"):
+        anls("a", [])
+
+
+@given(TEXT, st.lists(TEXT, min_size=1, max_size=3))
+def test_anls_range_and_order_of_references(prediction: str, references: list[str]) -> None:
+    score = anls(prediction, references)
+    assert score == 0.0 or 0.5 <= score <= 1.0
+    assert score == anls(prediction, references[::-1])
+    assert score == max(anls(prediction, [reference]) for reference in references)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("14", "14", 1),
+        ("105", "100", 1),
+        ("94.99", "100", 0),
+        ("-4.75", "-5", 1),
+        ("5", "-5", 0),
+        ("Blue", "blue", 1),
+        ("the blue line", "blue line", 0),
+        (" 14\n", "14 ", 1),
+        ("", "14", 0),
+    ],
+)
+def test_relaxed_accuracy_by_hand(prediction: str, reference: str, score: float) -> None:
+    assert relaxed_accuracy(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [("5%", "0.05", 1), ("0.05", "5%", 1), ("5%", "5", 0), ("2%", "2", 0), ("5%", "5%", 1)],
+)
+def test_relaxed_accuracy_percent_is_a_hundredth(
+    prediction: str, reference: str, score: float
+) -> None:
+    assert relaxed_accuracy(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [("1,000", "1000", 0), ("1_000", "1000", 1), ("$5", "5", 0), ("Yes.", "Yes", 0)],
+)
+def test_relaxed_accuracy_reads_numbers_as_python_does(
+    prediction: str, reference: str, score: float
+) -> None:
+    assert relaxed_accuracy(prediction, reference) == score
+
+
+def test_relaxed_accuracy_zero_needs_the_same_text() -> None:
+    assert relaxed_accuracy("0", "0") == 1
+    assert relaxed_accuracy("0.0", "0") == 0
+    assert relaxed_accuracy("0", "0%") == 0
+
+
+def test_relaxed_accuracy_floating_point_at_the_edge() -> None:
+    assert relaxed_accuracy("1.05", "1") == 0  # 0.05000000000000004
+    assert relaxed_accuracy("2.1", "2") == 0
+    assert relaxed_accuracy("10.5", "10") == 1
+
+
+def test_relaxed_accuracy_years_are_numbers() -> None:
+    assert relaxed_accuracy("2008", "2010") == 1
+    assert relaxed_accuracy("2010.", "2010") == 1
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_relaxed_accuracy_nan_and_inf_match_nothing(text: str) -> None:
+    assert relaxed_accuracy(text, text) == 0
+
+
+def test_relaxed_accuracy_reads_other_digits() -> None:
+    assert relaxed_accuracy("１２", "12") == 1  # noqa: RUF001  (full-width digits, on purpose)
+
+
+def test_relaxed_accuracy_does_not_strip_a_text_reference() -> None:
+    assert relaxed_accuracy("blue", "blue ") == 0
+
+
+def test_mean_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no sample was scored"):
+        mean([])
+
+
+def test_bootstrap_interval_encloses_the_mean_and_is_repeatable() -> None:
+    scores = [0.0, 1.0] * 50
+    low, high = bootstrap_interval(scores)
+    assert (low, high) == bootstrap_interval(scores)
+    assert low < 0.5 < high
+    assert 0.15 < high - low < 0.25  # 2 * 1.96 * 0.5 / sqrt(100) = 0.196
+    assert bootstrap_interval([0.3] * 7) == pytest.approx((0.3, 0.3))
+
+
+def golden_rows() -> list[dict]:
+    folder = os.environ.get("PROXYV_GOLDEN")
+    files = sorted(Path(folder).glob("metrics/*.jsonl")) if folder else []
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("metric", "task"), [("anls", "docvqa"), ("relaxed_accuracy", "chartqa")])
+def test_golden_scores(metric: str, task: str) -> None:
+    if "PROXYV_GOLDEN" not in os.environ:
+        pytest.skip("PROXYV_GOLDEN is not set: no reference outputs to compare with")
+    rows = [row for row in golden_rows() if row["metric"] == metric]
+    assert rows, f"no {metric} rows in PROXYV_GOLDEN"
+    wrong = []
+    for row in rows:
+        score = BENCHMARKS[task].score(row["prediction"], row["references"])
+        if abs(score - row["score"]) > 1e-6:
+            wrong.append((row["prediction"], row["references"], row["score"], score))
+    assert not wrong
