@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxyv.synthetic.page import Page
+from proxyv.synthetic.world import READ_PROMPT, Mix, prompt_suffix
 from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
-from proxyv.train.stage0.pages import Mix, PageRing, held_out
+from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import (
     ALPHABET,
     CELLS,
@@ -30,12 +31,11 @@ from proxyv.train.stage0.targets import (
     patch_targets,
     to_tensor,
 )
-from proxyv.train.stage0.tokenizer import PHRASES, build_tokenizer, save_tokenizer
+from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
 IGNORE = -100
-READ_PROMPT = "Read the page."
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
@@ -97,7 +97,7 @@ class GridReader(Trainee):
         """Turns about one page: a transcription now and then, else some of its questions."""
         if not page.questions or rng.random() < 0.15:
             return [(READ_PROMPT, page.caption[:200])]
-        suffix = PHRASES[1] if page.template.partition("/")[0] in CHART_KINDS else PHRASES[0]
+        suffix = prompt_suffix(page)
         order = rng.permutation(len(page.questions))[: self.settings.turns]
         picked = [page.questions[int(index)] for index in order]
         return [(question.text + suffix, question.answers[0]) for question in picked]
@@ -162,8 +162,7 @@ class GridReader(Trainee):
         for kind, pages in self.held.items():
             hits = total = whole = answers = 0
             for image, glyphs, page in pages:
-                suffix = PHRASES[1] if kind == "charts" else PHRASES[0]
-                turns = [(q.text + suffix, q.answers[0]) for q in page.questions[:4]]
+                turns = [(q.text + prompt_suffix(page), q.answers[0]) for q in page.questions[:4]]
                 slots = torch.from_numpy(patch_targets(glyphs, (12, 12), 14))[None]
                 ids, labels = self._pad([self._tokens(turns)])
                 logits = self.logits(slots, to_tensor(image[None]), ids)
@@ -179,9 +178,6 @@ class GridReader(Trainee):
             scores[f"{kind}_characters"] = hits / total
             scores[f"{kind}_answers"] = whole / answers
         return scores
-
-
-CHART_KINDS = ("bar", "hbar", "grouped", "line", "pie")
 
 
 def train_language(settings: LanguageSettings) -> None:

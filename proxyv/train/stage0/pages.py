@@ -8,35 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
-from proxyv.synthetic.charts import make_chart
-from proxyv.synthetic.degrade import degrade
-from proxyv.synthetic.documents import make_document, make_text_page
 from proxyv.synthetic.page import Page, Split
+from proxyv.synthetic.world import Mix, draw_page
 from proxyv.train.stage0.targets import glyph_array, patch_targets
 
-__all__ = ["Mix", "PageRing", "draw_page"]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Shares of page kinds; they are normalised to one."""
-
-    text: float = 0.5
-    documents: float = 0.3
-    charts: float = 0.2
-
-
-def draw_page(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> Page:
-    """The page of a seed; the same seed always gives the same page."""
-    rng = np.random.default_rng(seed)
-    shares = np.array([mix.text, mix.documents, mix.charts])
-    kind = int(rng.choice(3, p=shares / shares.sum()))
-    make = (make_text_page, make_document, make_chart)[kind]
-    return degrade(make(rng, split, (side_px, side_px)), rng)
+__all__ = ["PageRing", "held_out", "shifted"]
 
 
 def _draw_many(seeds: list[tuple[int, ...]], split: Split, mix: Mix, side_px: int) -> list[Page]:

@@ -1,0 +1,262 @@
+"""Write the small world to disk in the schemas of the real data sets.
+
+    python -m proxyv.synthetic --out data/generated
+
+gives ShareGPT4V captions (stage 1), LLaVA-NeXT conversations (stage 2), and DocVQA and ChartQA
+rows for evaluation. Everything follows from the seed; the training half and the test half share
+no page, no seed, no typeface, no layout and no value of three characters or more.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from proxyv.synthetic.charts import chartqa_type, make_chart
+from proxyv.synthetic.degrade import degrade
+from proxyv.synthetic.documents import make_document, make_text_page
+from proxyv.synthetic.page import Page, Split
+
+__all__ = ["CHART_PROMPT", "DOCUMENT_PROMPT", "READ_PROMPT", "Mix", "draw_page", "write_world"]
+
+DOCUMENT_PROMPT = "\nAnswer the question using a single word or phrase."
+CHART_PROMPT = "\nAnswer the question with a single word."
+READ_PROMPT = "Read the page."
+
+_TRAIN_STREAM, _TEST_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of page kinds; they are normalised to one."""
+
+    text: float = 0.0
+    documents: float = 0.5
+    charts: float = 0.5
+
+
+def draw_page(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int = 168) -> Page:
+    """The page of a seed, worn as by a scanner; the same seed always gives the same page."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([mix.text, mix.documents, mix.charts])
+    kind = int(rng.choice(3, p=shares / shares.sum()))
+    make = (make_text_page, make_document, make_chart)[kind]
+    return degrade(make(rng, split, (side_px, side_px)), rng)
+
+
+def is_chart(page: Page) -> bool:
+    """Whether a page is a chart (else a document)."""
+    return page.template.partition("/")[0] in ("bar", "hbar", "grouped", "line", "pie")
+
+
+def prompt_suffix(page: Page) -> str:
+    """The instruction that the benchmark of this kind of page puts behind its questions."""
+    return CHART_PROMPT if is_chart(page) else DOCUMENT_PROMPT
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _draw(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> tuple[Page, bytes]:
+    page = draw_page(seed, split, mix, side_px)
+    return page, _png(page.image)
+
+
+def _pages(
+    seed: int, stream: int, count: int, split: Split, mix: Mix, side_px: int, workers: int
+) -> Iterator[tuple[Page, bytes]]:
+    """Pages in the order of their seeds, drawn by several processes."""
+    seeds = [(seed, stream, int(mix.charts > 0), index) for index in range(count)]
+    bar = tqdm(total=count, desc=f"{split} {'charts' if mix.charts else 'documents'}", unit="page")
+    with ProcessPoolExecutor(workers) as pool, bar:
+        for result in pool.map(
+            _draw, seeds, repeat(split), repeat(mix), repeat(side_px), chunksize=32
+        ):
+            bar.update()
+            yield result
+
+
+def write_world(
+    out: Path,
+    *,
+    seed: int = 2026,
+    train_documents: int = 3000,
+    train_charts: int = 3000,
+    test_documents: int = 100,
+    test_charts: int = 100,
+    questions_per_page: int = 5,
+    side_px: int = 168,
+    workers: int | None = None,
+) -> dict[str, int]:
+    """Write all four data sets under ``out``.
+
+    Args:
+        out: folder; files of an earlier run are replaced.
+        seed: where all randomness comes from.
+        train_documents: document pages for training.
+        train_charts: chart pages for training.
+        test_documents: document pages for evaluation.
+        test_charts: chart pages for evaluation.
+        questions_per_page: questions taken from a page at most, in training and evaluation.
+        side_px: page side in pixels.
+        workers: processes that draw (default: one for each core).
+
+    Returns:
+        Rows written for each data set.
+
+    Raises:
+        ValueError: a count is negative, or ``side_px`` is too small to write on.
+    """
+    counts = {
+        "train_documents": train_documents,
+        "train_charts": train_charts,
+        "test_documents": test_documents,
+        "test_charts": test_charts,
+    }
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"{name} {count} is negative; give 0 or more pages")
+    if side_px < 112:
+        raise ValueError(f"side_px {side_px} is too small to write on; give 112 or more")
+    workers = workers or os.cpu_count() or 1
+    rows: dict[str, int] = {}
+    only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
+    captions: list[dict] = []
+    conversations: list[dict] = []
+    folders = {name: out / name for name in ("sharegpt4v", "llava_next")}
+    for folder in folders.values():
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+    for kind, mix, count in (
+        ("document", only_documents, train_documents),
+        ("chart", only_charts, train_charts),
+    ):
+        stream = _pages(seed, _TRAIN_STREAM, count, "train", mix, side_px, workers)
+        for index, (page, png) in enumerate(stream):
+            name = f"{kind}_{index:06d}"
+            rng = np.random.default_rng((seed, _TRAIN_STREAM, index))
+            for folder in folders.values():
+                (folder / "images" / f"{name}.png").write_bytes(png)
+            captions.append(_caption_row(name, page))
+            conversations.append(_conversation_row(name, page, kind, questions_per_page, rng))
+    _write_json(folders["sharegpt4v"] / "captions.json", captions)
+    _write_json(folders["llava_next"] / "conversations.json", conversations)
+    rows |= {"sharegpt4v": len(captions), "llava_next": len(conversations)}
+    documents = _pages(
+        seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers
+    )
+    rows["docvqa"] = _write_docvqa(out / "docvqa", documents, questions_per_page)
+    charts = _pages(seed, _TEST_STREAM, test_charts, "test", only_charts, side_px, workers)
+    rows["chartqa"] = _write_chartqa(out / "chartqa", charts, questions_per_page)
+    return rows
+
+
+def _caption_row(name: str, page: Page) -> dict:
+    """A row in ShareGPT4V's schema: the caption is what is written or drawn."""
+    return {
+        "id": name,
+        "image": f"images/{name}.png",
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{READ_PROMPT}"},
+            {"from": "gpt", "value": page.caption},
+        ],
+    }
+
+
+def _conversation_row(
+    name: str, page: Page, source: str, most: int, rng: np.random.Generator
+) -> dict:
+    """A row in LLaVA-NeXT-Data's schema: several questions about one page."""
+    turns = []
+    for place, index in enumerate(rng.permutation(len(page.questions))[:most]):
+        question = page.questions[int(index)]
+        opening = "<image>\n" if place == 0 else ""
+        asked = f"{opening}{question.text}{prompt_suffix(page)}"
+        turns.append({"from": "human", "value": asked})
+        turns.append({"from": "gpt", "value": question.answers[0]})
+    return {
+        "id": name,
+        "image": f"images/{name}.png",
+        "conversations": turns,
+        "data_source": f"small_world_{source}",
+    }
+
+
+def _write_json(path: Path, rows: list[dict]) -> None:
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def _write_docvqa(folder: Path, pages: Iterator[tuple[Page, bytes]], most: int) -> int:
+    """Rows in the schema of DocVQA's validation split (spec: its data card)."""
+    features = datasets.Features(
+        {
+            "questionId": datasets.Value("string"),
+            "question": datasets.Value("string"),
+            "question_types": datasets.List(datasets.Value("string")),
+            "image": datasets.Image(),
+            "docId": datasets.Value("int64"),
+            "ucsf_document_id": datasets.Value("string"),
+            "ucsf_document_page_no": datasets.Value("string"),
+            "answers": datasets.List(datasets.Value("string")),
+            "data_split": datasets.Value("string"),
+        }
+    )
+    rows = [
+        {
+            "questionId": f"{document}_{number}",
+            "question": question.text,
+            "question_types": [page.template],
+            "image": {"bytes": png, "path": None},
+            "docId": document,
+            "ucsf_document_id": f"small{document:05d}",
+            "ucsf_document_page_no": "1",
+            "answers": list(question.answers),
+            "data_split": "val",
+        }
+        for document, (page, png) in enumerate(pages)
+        for number, question in enumerate(page.questions[:most])
+    ]
+    return _write_parquet(folder / "validation.parquet", rows, features)
+
+
+def _write_chartqa(folder: Path, pages: Iterator[tuple[Page, bytes]], most: int) -> int:
+    """Rows in the schema of ChartQA's test split, human questions first as there."""
+    features = datasets.Features(
+        {
+            "type": datasets.Value("string"),
+            "question": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "image": datasets.Image(),
+        }
+    )
+    rows = [
+        {
+            "type": chartqa_type(question),
+            "question": question.text,
+            "answer": question.answers[0],
+            "image": {"bytes": png, "path": None},
+        }
+        for page, png in pages
+        for question in page.questions[:most]
+    ]
+    rows.sort(key=lambda row: row["type"] != "human_test")
+    return _write_parquet(folder / "test.parquet", rows, features)
+
+
+def _write_parquet(path: Path, rows: list[dict], features: datasets.Features) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
+    return len(rows)
