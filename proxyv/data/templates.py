@@ -65,10 +65,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids and labels of a conversation, two lists of the same length."""
+    """Token ids and labels of a conversation, two lists of the same length.
+
+    ``cut`` says whether the row was longer and has been cut to a length limit.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False
 
     @property
     def num_supervised(self) -> int:

@@ -1,0 +1,83 @@
+"""Rows to a batch: right padding, and no token lost because it happens to equal the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from proxyv.data.templates import IGNORE_INDEX
+
+__all__ = ["Collator", "Sample"]
+
+
+class Sample(TypedDict, total=False):
+    """What the dataset gives for one row; the image entries are absent in a text-only row."""
+
+    input_ids: Tensor
+    """(S,) token ids."""
+    labels: Tensor
+    """(S,) token ids, ``IGNORE_INDEX`` where nothing is supervised."""
+    pixel_values: Tensor
+    """(N, C, 3, H, W) crops of the row's images, zero crops where an image has fewer."""
+    num_crops: Tensor
+    """(N,) real crops of each image."""
+    image_sizes: Tensor
+    """(N, 2) height and width of each image before any resizing."""
+
+
+class Collator:
+    """Pads rows on the right and stacks their images in order.
+
+    Example: rows ``[5, 6, 0]`` and ``[7]`` with padding id 0 become ids
+    ``[[5, 6, 0], [7, 0, 0]]`` and mask ``[[1, 1, 1], [1, 0, 0]]``: the mask comes from the
+    lengths, so the real 0 of the first row stays.
+
+    Args:
+        pad_token_id: id to pad with; any id will do.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` (B, S); and, where a row has images,
+            ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,), ``image_sizes`` (N, 2) of all
+            images of the batch in row order.
+        """
+        ids = [sample["input_ids"] for sample in samples]
+        shape = (len(ids), max(len(row) for row in ids))
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
+        }
+        for number, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            batch["input_ids"][number, :length] = sample["input_ids"]
+            batch["attention_mask"][number, :length] = 1
+            batch["labels"][number, :length] = sample["labels"]
+        with_images = [sample for sample in samples if "pixel_values" in sample]
+        if with_images:
+            batch["pixel_values"] = _stack([sample["pixel_values"] for sample in with_images])
+            batch["num_crops"] = torch.cat([sample["num_crops"] for sample in with_images])
+            batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in with_images])
+        return batch
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    """Join (n_i, C_i, 3, H, W) to (sum n_i, max C_i, 3, H, W), filling up with zero crops."""
+    most = max(part.shape[1] for part in pixels)
+    if all(part.shape[1] == most for part in pixels):
+        return torch.cat(pixels)
+    joined = pixels[0].new_zeros(sum(len(part) for part in pixels), most, *pixels[0].shape[2:])
+    start = 0
+    for part in pixels:
+        joined[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return joined
