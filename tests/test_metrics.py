@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxyv.eval.benchmarks import BENCHMARKS
-from proxyv.eval.metrics import anls, mean, relaxed_accuracy
+from proxyv.eval.metrics import (
+    Box,
+    anls,
+    box_iou,
+    center_inside,
+    exact_match,
+    first_letter_match,
+    mean,
+    mme_perception,
+    ocrbench_match,
+    page_bleu,
+    page_edit_distance,
+    read_box,
+    relaxed_accuracy,
+    yes_or_no,
+)
 from proxyv.eval.report import bootstrap_interval
 
 TEXT = st.text(max_size=12)
@@ -145,6 +162,26 @@ def test_mean_of_nothing_is_an_error() -> None:
         mean([])
 
 
+def test_boxes_by_hand() -> None:
+    assert box_iou((0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)) == 0.5
+    assert box_iou((0.1, 0.1, 0.3, 0.3), (0.3, 0.1, 0.1, 0.3)) == 0.0  # areas cancel
+    assert read_box("at [0.1, 0.2,0.3,  0.4]") == (0.1, 0.2, 0.3, 0.4)
+    assert read_box("[.1, .2, .3, .4]") == read_box("nowhere") == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_mme_needs_pairs() -> None:
+    assert mme_perception(["yes", "yes"], ["Yes", "No"], ["1", "1"], ["OCR", "OCR"]) == 50
+    with pytest.raises(ValueError, match="image '1' of 'OCR' has 1 questions, 2 are needed"):
+        mme_perception(["yes"], ["Yes"], ["1"], ["OCR"])
+
+
+def test_pages_by_hand() -> None:
+    assert page_edit_distance("abcd", "abxd") == 0.25
+    assert page_edit_distance("", "") == 0.0
+    assert page_bleu("a b c d e", "a b c d e") == 1.0
+    assert page_bleu("a b c d", "w x y z") < 1e-6
+
+
 def test_bootstrap_interval_encloses_the_mean_and_is_repeatable() -> None:
     scores = [0.0, 1.0] * 50
     low, high = bootstrap_interval(scores)
@@ -160,16 +197,64 @@ def golden_rows() -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
 
 
+def refcoco(measure: Callable[[Box, Box], float], row: dict[str, Any]) -> float:
+    return measure(read_box(row["prediction"].strip()), tuple(row["references"][0]))
+
+
+def right_at_half(predicted: Box, truth: Box) -> float:
+    return float(box_iou(predicted, truth) >= 0.5)
+
+
+GOLDEN: dict[str, Callable[[dict[str, Any]], float]] = {
+    "anls": lambda row: BENCHMARKS["docvqa"].score(row["prediction"], row["references"]),
+    "relaxed_accuracy": lambda row: BENCHMARKS["chartqa"].score(
+        row["prediction"], row["references"]
+    ),
+    "ocrbench": lambda row: ocrbench_match(
+        row["prediction"], row["references"], row["extra"]["dataset"]
+    ),
+    "mme_item": lambda row: float(
+        yes_or_no(row["prediction"].strip()) == yes_or_no(row["references"][0])
+    ),
+    "mme_perception_aggregate": lambda row: mme_perception(
+        row["prediction"],
+        row["references"],
+        row["extra"]["question_ids"],
+        row["extra"]["categories"],
+    ),
+    "seedbench": lambda row: first_letter_match(row["prediction"], row["references"][0]),
+    "seedbench_aggregate": lambda row: mean(
+        [
+            first_letter_match(*pair)
+            for pair in zip(row["prediction"], row["references"], strict=True)
+        ]
+    ),
+    "gqa_exact_match": lambda row: exact_match(row["prediction"], row["references"][0]),
+    "refcoco_iou": lambda row: refcoco(box_iou, row),
+    "refcoco_acc@0.5": lambda row: refcoco(right_at_half, row),
+    "refcoco_center_acc": lambda row: refcoco(center_inside, row),
+    "refcoco_acc@0.5_aggregate": lambda row: mean(
+        [
+            right_at_half(read_box(answer.strip()), tuple(truth))
+            for answer, truth in zip(row["prediction"], row["references"], strict=True)
+        ]
+    ),
+    "doc_edit_distance": lambda row: page_edit_distance(row["prediction"], row["references"][0]),
+    "doc_bleu": lambda row: page_bleu(row["prediction"], row["references"][0]),
+}
+
+
 @pytest.mark.golden
-@pytest.mark.parametrize(("metric", "task"), [("anls", "docvqa"), ("relaxed_accuracy", "chartqa")])
-def test_golden_scores(metric: str, task: str) -> None:
+@pytest.mark.parametrize("metric", GOLDEN)
+def test_golden_scores(metric: str) -> None:
     if "PROXYV_GOLDEN" not in os.environ:
         pytest.skip("PROXYV_GOLDEN is not set: no reference outputs to compare with")
     rows = [row for row in golden_rows() if row["metric"] == metric]
     assert rows, f"no {metric} rows in PROXYV_GOLDEN"
-    wrong = []
-    for row in rows:
-        score = BENCHMARKS[task].score(row["prediction"], row["references"])
-        if abs(score - row["score"]) > 1e-6:
-            wrong.append((row["prediction"], row["references"], row["score"], score))
+    scores = [GOLDEN[metric](row) for row in rows]
+    wrong = [
+        (row["prediction"], row["references"], row["score"], score)
+        for row, score in zip(rows, scores, strict=True)
+        if abs(score - row["score"]) > 1e-6
+    ]
     assert not wrong

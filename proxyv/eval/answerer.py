@@ -76,7 +76,7 @@ class Answerer:
         if attention not in ATTENTION:
             raise CommandError(nearest("attention", attention, ATTENTION))
         check_model_name(name)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=DTYPES[dtype], attn_implementation=attention
         )
         return cls(model.to(place), AutoProcessor.from_pretrained(name), template)

@@ -1,17 +1,36 @@
 """Scoring functions of the benchmarks: plain strings in, a number out, no tensors.
 
-Every function takes the model's text as it came, strips it once (as the benchmark harness does
-before it scores) and returns a score between 0 and 1. The rules are those of lmms-eval 0.7.3,
+A function takes the model's text as it came and strips it once, as the benchmark harness does
+before it scores (whole pages are not stripped). Scores lie between 0 and 1. The rules are those of lmms-eval 0.7.3,
 oddities included, because published numbers were made with them; each oddity is named.
 """
 
 from __future__ import annotations
 
+import re
+import string
+import warnings
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-__all__ = ["ANLS_THRESHOLD", "RELATIVE_TOLERANCE", "anls", "mean", "relaxed_accuracy"]
+__all__ = [
+    "ANLS_THRESHOLD",
+    "RELATIVE_TOLERANCE",
+    "anls",
+    "box_iou",
+    "center_inside",
+    "exact_match",
+    "first_letter_match",
+    "mean",
+    "mme_perception",
+    "ocrbench_match",
+    "page_bleu",
+    "page_edit_distance",
+    "read_box",
+    "relaxed_accuracy",
+    "yes_or_no",
+]
 
 ANLS_THRESHOLD = 0.5
 RELATIVE_TOLERANCE = 0.05
@@ -89,3 +108,156 @@ def _number(text: str) -> float | None:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+
+
+def ocrbench_match(prediction: str, references: Sequence[str], dataset: str) -> float:
+    """Whether a reference occurs anywhere in the answer ("no" occurs in "I know").
+
+    Formulas (data set ``HME100k``) are compared without spaces and with case, everything else
+    with full-width characters folded and without case.
+
+    Source: lmms-eval 0.7.3, task ocrbench. Differs: no.
+    """
+    normalise = _formula if dataset == "HME100k" else _scene_text
+    answer = normalise(prediction.strip())
+    return float(any(normalise(reference) in answer for reference in references))
+
+
+def _formula(text: str) -> str:
+    return text.replace("\n", " ").replace(" ", "")
+
+
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+
+
+def _scene_text(text: str) -> str:
+    return text.translate(_HALF_WIDTH).lower().strip().replace("\n", " ")
+
+
+def yes_or_no(answer: str) -> str:
+    """Read ``yes``, ``no`` or ``other`` from an answer; beyond one word only four characters count.
+
+    Source: lmms-eval 0.7.3, task mme. Differs: no.
+    """
+    text = answer.lower().strip().replace(".", "")
+    if text in ("y", "n"):
+        return {"y": "yes", "n": "no"}[text]
+    start = text[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def mme_perception(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    question_ids: Sequence[str],
+    categories: Sequence[str],
+) -> float:
+    """Sum over categories of the mean over images of accuracy plus both-right accuracy, in percent.
+
+    Args:
+        predictions: the answers; all four sequences are parallel.
+        references: "Yes" or "No".
+        question_ids: images; each has exactly two questions in its category.
+        categories: the category of each question.
+
+    Returns:
+        0 to 200 for each category.
+
+    Raises:
+        ValueError: an image has not exactly two questions.
+    Source: lmms-eval 0.7.3, metric mme_perception_score. Differs: no.
+    """
+    images: dict[str, dict[str, list[bool]]] = {}
+    for prediction, reference, image, category in zip(
+        predictions, references, question_ids, categories, strict=True
+    ):
+        right = yes_or_no(prediction) == yes_or_no(reference)
+        images.setdefault(category, {}).setdefault(image, []).append(right)
+    total = 0.0
+    for category, pairs in images.items():
+        for image, pair in pairs.items():
+            if len(pair) != 2:
+                raise ValueError(
+                    f"MME: image {image!r} of {category!r} has {len(pair)} questions, 2 are needed"
+                )
+        total += mean([100 * mean(pair) + 100 * all(pair) for pair in pairs.values()])
+    return total
+
+
+def first_letter_match(prediction: str, reference: str) -> float:
+    """Whether the first character is the letter asked for; "apple" counts as A, "(A)" does not.
+
+    Source: lmms-eval 0.7.3, task seedbench. Differs: no.
+    """
+    return float(prediction.strip()[:1].lower() == reference.lower())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """Equality without case and ASCII punctuation, which is deleted and not spaced.
+
+    Source: lmms-eval 0.7.3, task gqa. Differs: no.
+    """
+    sides = [text.lower().translate(_NO_PUNCTUATION) for text in (prediction.strip(), reference)]
+    return float(sides[0] == sides[1])
+
+
+Box = tuple[float, float, float, float]
+_BOX = re.compile(r"\[" + r",\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\]")
+
+
+def read_box(answer: str) -> Box:
+    """The first ``[x1, y1, x2, y2]`` in an answer; all zeros where there is none.
+
+    Source: lmms-eval 0.7.3, task refcoco_bbox_rec. Differs: no.
+    """
+    found = _BOX.search(answer)
+    if found is None:
+        return (0.0, 0.0, 0.0, 0.0)
+    left, top, right, bottom = map(float, found.groups())
+    return (left, top, right, bottom)
+
+
+def box_iou(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes ``x1, y1, x2, y2``.
+
+    Source: lmms-eval 0.7.3, task refcoco_bbox_rec. Differs: 0 instead of a division by zero where
+    the signed area of a flipped box cancels the other one's.
+    """
+    width = max(0.0, min(first[2], second[2]) - max(first[0], second[0]))
+    height = max(0.0, min(first[3], second[3]) - max(first[1], second[1]))
+    shared = width * height
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    union = sum(areas) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def center_inside(predicted: Box, truth: Box) -> float:
+    """Whether the centre of the predicted box lies in the true one, edges included."""
+    x, y = (predicted[0] + predicted[2]) / 2, (predicted[1] + predicted[3]) / 2
+    return float(truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3])
+
+
+def page_edit_distance(prediction: str, reference: str) -> float:
+    """Edit distance of two pages over the longer one's length: 0 is equal, 1 is all different.
+
+    Every character counts, white space at the ends included.
+
+    Source: lmms-eval 0.7.3, ocrbench_v2 page metric. Differs: two empty pages have distance 0.
+    """
+    longest = max(len(prediction), len(reference))
+    return Levenshtein.distance(prediction, reference) / longest if longest else 0.0
+
+
+def page_bleu(prediction: str, reference: str) -> float:
+    """Sentence BLEU-4 of words separated by white space, with case and without smoothing.
+
+    Source: lmms-eval 0.7.3, ocrbench_v2 page metric. Differs: Chinese is not segmented.
+    """
+    from nltk.translate import bleu
+
+    with warnings.catch_warnings():  # no common 4-gram: nltk explains that the score is near 0
+        warnings.simplefilter("ignore", UserWarning)
+        return float(bleu([reference.split()], prediction.strip().split()))

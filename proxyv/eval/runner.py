@@ -163,23 +163,29 @@ def _answer_batch(
     benchmark: Benchmark, rows: Rows, batch: Sequence[Item], answering: Answering
 ) -> list[Record]:
     """Answer one batch; a sample whose image cannot be decoded fails alone."""
+
+    def record(item: Item, **outcome: Any) -> Record:
+        return make_record(
+            benchmark,
+            rows,
+            item.index,
+            sample=item.sample,
+            image_index=item.image_index,
+            **outcome,
+        )
+
     ready, images, records = [], [], []
     for item in batch:
         try:
-            shown = item_images(rows, item)
+            images.append(item_images(rows, item))
+            ready.append(item)
         except ValueError as error:
-            known = {"sample": item.sample, "image_index": item.image_index}
-            records.append(make_record(benchmark, rows, item.index, **known, error=error))
-            continue
-        ready.append(item)
-        images.append(shown)
-    if not ready:
-        return records
-    questions = [item.sample.prompt for item in ready]
-    answers = answering.answer(questions, images, benchmark.max_new_tokens)
-    for item, answer in zip(ready, answers, strict=True):
-        known = {"sample": item.sample, "image_index": item.image_index}
-        records.append(make_record(benchmark, rows, item.index, **known, answer=answer))
+            records.append(record(item, error=error))
+    if ready:
+        questions = [item.sample.prompt for item in ready]
+        answers = answering.answer(questions, images, benchmark.max_new_tokens)
+        for item, answer in zip(ready, answers, strict=True):
+            records.append(record(item, answer=answer))
     return records
 
 
