@@ -1,0 +1,123 @@
+"""The model configuration: LLaVA-NeXT's, plus what ProxyV adds, all of it validated.
+
+Everything a stock LLaVA-NeXT configuration holds keeps its name and meaning, and ``text_config``
+stays the stock configuration of the language model's family.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlavaNextConfig
+
+__all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "PACKINGS", "PROXY_KINDS", "ProxyVConfig"]
+
+PROXY_KINDS = ("spatial",)
+DOWNSAMPLE_MODES = ("bilinear", "average")
+LAYOUTS = ("natural", "released")
+PACKINGS = ("crops",)
+
+
+class ProxyVConfig(LlavaNextConfig):
+    """Configuration of a ProxyV model, or of the baseline without proxies.
+
+    Args:
+        start_layer: index of the first ProxyV decoder layer, from 0 to the last layer; None
+            builds the baseline, every layer an ordinary one.
+        side_reduction: factor r by which a crop's side shrinks; a crop of s x s full tokens gets
+            (s / r) x (s / r) proxies. Must divide s.
+        proxy_kind: how proxies are made; "spatial" downsamples each crop.
+        downsample: "bilinear" (no antialiasing: what the released weights expect) or "average"
+            (mean of each r x r block).
+        layout: "natural" (each newline follows its crop) or "released" (positions of the released
+            weights, where the newline of every crop but the first sits one crop early).
+        guided_ratio: hidden width of the guided update as a share of the model width; None takes
+            the authors' rule, 1/4 from a width of 1024 on and 1/2 below.
+        packing: how an image becomes tokens; "crops" puts the crops one after another, each
+            followed by one newline token.
+        **kwargs: the fields of ``LlavaNextConfig``.
+
+    Raises:
+        ValueError: an option outside the values above, a reduction that does not divide the crop
+            side, or a start layer that the language model does not have.
+    """
+
+    model_type = "proxyv"
+
+    start_layer: int | None = None
+    side_reduction: int = 4
+    proxy_kind: str = "spatial"
+    downsample: str = "bilinear"
+    layout: str = "natural"
+    guided_ratio: float | None = None
+    packing: str = "crops"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.check_options()
+
+    @property
+    def side(self) -> int:
+        """Crop side s in patches: a crop is s * s full tokens."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_crop(self) -> int:
+        """Rows that one crop takes in the sequence: s * s full tokens and its newline."""
+        return self.side**2 + 1
+
+    @property
+    def proxies_per_crop(self) -> int:
+        """Proxies of one crop, (s / r) ** 2."""
+        return (self.side // self.side_reduction) ** 2
+
+    @property
+    def guided_width(self) -> int:
+        """Hidden width h of the guided update."""
+        width = self.text_config.hidden_size
+        if self.guided_ratio is None:
+            return width // 4 if width >= 1024 else width // 2
+        return max(1, round(width * self.guided_ratio))
+
+    def check_options(self) -> None:
+        """Check the ProxyV options; called on construction and again by the model.
+
+        Raises:
+            ValueError: naming the option, its value and what is allowed.
+        """
+        _one_of("proxy_kind", self.proxy_kind, PROXY_KINDS)
+        _one_of("downsample", self.downsample, DOWNSAMPLE_MODES)
+        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("packing", self.packing, PACKINGS)
+        if not _is_int(self.side_reduction) or self.side_reduction < 1:
+            raise ValueError(
+                f"side_reduction must be a positive integer, got {self.side_reduction!r}"
+            )
+        ratio = self.guided_ratio
+        if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 4):
+            raise ValueError(
+                f"guided_ratio must be a number above 0 and at most 4, or null, got {ratio!r}"
+            )
+        if self.start_layer is None:
+            return
+        layers = self.text_config.num_hidden_layers
+        if not _is_int(self.start_layer) or not 0 <= self.start_layer < layers:
+            raise ValueError(
+                f"start_layer={self.start_layer!r} is not a layer of the language model: use an "
+                f"integer from 0 to {layers - 1} (it has {layers} layers), or null for the baseline"
+            )
+        if self.side % self.side_reduction != 0:
+            divisors = [r for r in range(1, self.side + 1) if self.side % r == 0]
+            raise ValueError(
+                f"side_reduction={self.side_reduction} does not divide the crop side of "
+                f"{self.side} patches: use one of {divisors}"
+            )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")

@@ -1,0 +1,1 @@
+"""The ProxyV model: layout, masks, proxies, guided update, decoder, whole model, processor."""

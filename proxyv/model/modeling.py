@@ -1,0 +1,585 @@
+"""The whole model: vision tower, projector, newline token, language model with ProxyV layers.
+
+A subclass of transformers' LLaVA-NeXT; what differs is how images are packed (crops one after
+another, one newline after each, nothing unpadded) and which language model is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlavaNextForConditionalGeneration,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    LlavaNextModel,
+    LlavaNextModelOutputWithPast,
+    LlavaNextMultiModalProjector,
+)
+from transformers.utils import can_return_tuple
+
+from proxyv.config import ProxyVConfig
+from proxyv.model.decoder import DecoderOptions, build_language_model
+from proxyv.model.layout import build_layout, find_images
+
+__all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
+
+IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes")
+_PARTS = {
+    ".vision_tower.": "vision_tower",
+    ".multi_modal_projector.": "projector",
+    ".image_newline.": "newline",
+    ".guided_update.": "proxyv",
+    ".language_model.": "language_model",
+    ".lm_head.": "lm_head",
+}
+
+
+def parameter_part(name: str) -> str:
+    """Which part of the model a parameter belongs to, by its name.
+
+    Args:
+        name: as ``named_parameters`` gives it, prefixes of wrappers included.
+
+    Returns:
+        "vision_tower", "projector", "newline", "proxyv", "language_model" or "lm_head".
+
+    Raises:
+        ValueError: a name that belongs to no part.
+    """
+    dotted = f".{name}."
+    for mark, part in _PARTS.items():
+        if mark in dotted:
+            return part
+    raise ValueError(f"parameter {name!r} belongs to no part of a ProxyV model")
+
+
+class ProxyVModel(LlavaNextModel):
+    """Vision tower, projector and language model, without the language-model head.
+
+    Args:
+        config: the model configuration.
+
+    Raises:
+        ValueError: an invalid configuration, or a language-model family without ProxyV layers.
+    """
+
+    config: ProxyVConfig
+    config_class = ProxyVConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: ProxyVConfig) -> None:
+        super(LlavaNextModel, self).__init__(config)
+        config.check_options()
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        width = config.text_config.hidden_size
+        self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / math.sqrt(width))
+        self.vocab_size = config.text_config.vocab_size
+        options = DecoderOptions(
+            start_layer=config.start_layer,
+            side_reduction=config.side_reduction,
+            downsample=config.downsample,
+            guided_width=config.guided_width,
+            released=config.layout == "released",
+        )
+        self.language_model = build_language_model(config.text_config, options)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module; the projector as torch does by default, like the authors."""
+        projector = getattr(self, "multi_modal_projector", None)
+        if projector is not None and module in (projector.linear_1, projector.linear_2):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+    def encode_crops(
+        self,
+        crops: Tensor,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> Tensor:
+        """Run crops through the vision tower and the projector.
+
+        Args:
+            crops: (N, 3, height, width) pixels.
+            vision_feature_layer: hidden layer(s) of the tower; default from the configuration.
+            vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
+
+        Returns:
+            (N, s*s, D).
+
+        Raises:
+            ValueError: the tower gives another number of tokens than s*s.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else (
+            vision_feature_layer
+        )  # fmt: skip
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        states = self.vision_tower(crops, output_hidden_states=True).hidden_states
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        features = torch.cat([states[index] for index in layers], dim=-1)
+        if strategy == "default":
+            features = features[:, 1:]
+        if features.shape[1] != self.config.side**2:
+            raise ValueError(
+                f"the vision tower gives {features.shape[1]} tokens a crop, expected "
+                f"{self.config.side}**2; vision_feature_select_strategy is {strategy!r}"
+            )
+        return self.multi_modal_projector(features)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        num_crops: Tensor | None = None,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Features of whole images, packed as they enter the sequence.
+
+        Args:
+            pixel_values: (images, C_max, 3, height, width), or 4-D with one crop an image.
+            image_sizes: (images, 2); not needed.
+            num_crops: (images,) crops of each image; the rest of C_max is padding. Default: all.
+            vision_feature_layer: see ``encode_crops``.
+            vision_feature_select_strategy: see ``encode_crops``.
+            **kwargs: not used.
+
+        Returns:
+            ``pooler_output`` is a list with (C*(s*s+1), D) for each image.
+        """
+        crops, counts = _real_crops(pixel_values, num_crops)
+        features = self.encode_crops(
+            crops.to(self.dtype), vision_feature_layer, vision_feature_select_strategy
+        )  # (crops, s*s, D)
+        newline = self.image_newline.to(features).expand(features.shape[0], 1, -1)
+        packed = torch.cat([features, newline], dim=1).flatten(0, 1)
+        per_crop = self.config.tokens_per_crop
+        output = BaseModelOutputWithPooling()
+        output["pooler_output"] = list(packed.split([count * per_crop for count in counts]))
+        return output
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_crops: Tensor | None = None,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> LlavaNextModelOutputWithPast:
+        """Run the model; arguments as in ``ProxyVForConditionalGeneration.forward``."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        for unused in ("mm_encoder_outputs", "return_dict"):
+            kwargs.pop(unused, None)
+        image_mask = self._image_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            # The image token need not have a row in the embedding: its rows are replaced.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+        layout, image_features = None, None
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            images = self.get_image_features(
+                pixel_values,
+                image_sizes,
+                num_crops,
+                vision_feature_layer,
+                vision_feature_select_strategy,
+            ).pooler_output
+            counts = [len(image) // self.config.tokens_per_crop for image in images]
+            image_features = torch.cat(images).to(inputs_embeds)
+            spans = find_images(image_mask, counts, self.config.tokens_per_crop)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
+            layout = build_layout(
+                spans,
+                _real_rows(attention_mask, image_mask),
+                self.config.side,
+                self.config.side_reduction,
+                released=self.config.layout == "released",
+            )
+        else:
+            self._refuse_missing_images(image_mask)
+            inputs_embeds = self._touch_unused(inputs_embeds)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            layout=layout,
+            **kwargs,
+        )
+        return LlavaNextModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S) True where the token is the image token."""
+        token = self.config.image_token_index
+        if input_ids is not None:
+            return input_ids == token
+        assert inputs_embeds is not None
+        embedding = self.get_input_embeddings()
+        if token >= embedding.num_embeddings:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=self.device)
+        row = embedding(torch.tensor(token, device=inputs_embeds.device)).to(inputs_embeds)
+        return (inputs_embeds == row).all(dim=-1)
+
+    def _refuse_missing_images(self, image_mask: Tensor) -> None:
+        count = int(image_mask.sum())
+        if count:
+            raise ValueError(
+                f"input_ids holds {count} image tokens (id {self.config.image_token_index}), but "
+                "no pixel_values were given"
+            )
+
+    def _touch_unused(self, embeds: Tensor) -> Tensor:
+        """Give modules that a batch without images does not run a zero gradient.
+
+        Data-parallel training waits for the same gradients from every process, also from one
+        whose batch happens to hold no image.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return embeds
+        unused = [
+            parameter.flatten()[:1].sum()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+            and parameter_part(name) in ("projector", "newline", "proxyv")
+        ]
+        return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds
+
+
+class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
+    """ProxyV with its language-model head: training loss and generation.
+
+    Args:
+        config: the model configuration; ``start_layer=None`` builds the baseline.
+    """
+
+    config: ProxyVConfig
+    config_class = ProxyVConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: ProxyVConfig) -> None:
+        super(LlavaNextForConditionalGeneration, self).__init__(config)
+        self.model = ProxyVModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as every transformers model is loaded, then freeze what nothing reads."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_unused()
+        return loaded
+
+    def freeze_unused(self) -> list[str]:
+        """Freeze the guided update of the last layer, which nothing reads.
+
+        It stays in checkpoints, because the released ones hold it, but never gets a gradient;
+        data-parallel training would wait for one. Building and loading a model call this; call
+        it again after ``requires_grad_`` was set on whole modules.
+
+        Returns:
+            The names of the frozen parameters; none for a baseline.
+        """
+        layers = self.model.language_model.layers
+        last = f"layers.{len(layers) - 1}.guided_update."
+        frozen = []
+        for name, parameter in self.named_parameters():
+            if last in name:
+                parameter.requires_grad_(False)
+                frozen.append(name)
+        return frozen
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | Path,
+        language: str | Path,
+        *,
+        config_overrides: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ProxyVForConditionalGeneration:
+        """Join a CLIP vision tower and a language model; everything between them starts fresh.
+
+        Args:
+            vision: folder or hub id of a CLIP (vision) model.
+            language: folder or hub id of a causal language model.
+            config_overrides: fields of ``ProxyVConfig``, such as ``start_layer`` or
+                ``image_token_index``.
+            dtype: of all weights; float32 by default, whatever the backbones are stored in.
+
+        Returns:
+            The model, in evaluation mode. New modules are drawn from torch's global generator.
+
+        Raises:
+            ValueError: an option that ``ProxyVConfig`` refuses.
+        """
+        dtype = dtype or torch.float32
+        tower = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
+        text_config = AutoConfig.from_pretrained(language)
+        decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+        config = ProxyVConfig(
+            vision_config=tower.config.to_dict(),
+            text_config=text_config.to_dict(),
+            **{"tie_word_embeddings": text_config.tie_word_embeddings, **(config_overrides or {})},
+        )
+        model = cls._from_config(config, dtype=dtype)
+        with torch.no_grad():
+            model.model.vision_tower.load_state_dict(tower.state_dict())
+            missing, unexpected = model.model.language_model.load_state_dict(
+                decoder.get_decoder().state_dict(), strict=False
+            )
+            missing = [name for name in missing if parameter_part(name) != "proxyv"]
+            if missing or unexpected:
+                raise ValueError(
+                    f"{language} does not fit its configuration: missing {missing}, unexpected "
+                    f"{unexpected}"
+                )
+            model.lm_head.weight.copy_(decoder.get_output_embeddings().weight)
+        if decoder.can_generate():
+            model.generation_config = decoder.generation_config
+        return model.eval()
+
+    def get_image_features(  # type: ignore[override]
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """See ``ProxyVModel.get_image_features``."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_crops: Tensor | None = None,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> LlavaNextCausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: (B, S); an image of C crops is C*(s*s+1) image tokens in a row.
+            pixel_values: (images, C_max, 3, height, width), images in row order and order of
+                appearance, padded with any crops; or (images, 3, height, width) with one crop
+                each. Leave out for text only.
+            image_sizes: (images, 2) height and width; accepted, not needed.
+            attention_mask: (B, past + S), 0 where a token is padding, on either side.
+            position_ids: (B, S); default: counted over real tokens.
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: (B, S, D) in place of ``input_ids``.
+            num_crops: (images,) crops of each image; default C_max.
+            vision_feature_layer: layer(s) of the tower, default from the configuration.
+            vision_feature_select_strategy: "default" or "full", default from the configuration.
+            labels: (B, S) targets, -100 where none.
+            use_cache: return a cache.
+            logits_to_keep: compute logits of the last so many rows (0: all), or of given rows.
+            **kwargs: passed on; ``num_items_in_batch`` divides the summed loss.
+
+        Returns:
+            Loss (where labels are given), logits (B, rows, vocabulary), cache and what was asked
+            for. Logits of full rows come from hidden states that skipped the last layer and
+            carry no meaning; those of padding rows neither.
+
+        Raises:
+            ValueError: image tokens, ``pixel_values`` and ``num_crops`` that do not fit together.
+        """
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_crops=num_crops,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return LlavaNextCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def generate(  # type: ignore[override]
+        self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate as any transformers model does; the image token is never generated."""
+        processors = LogitsProcessorList(logits_processor or [])
+        token = self.config.image_token_index
+        if 0 <= token < self.config.text_config.vocab_size:
+            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
+        return super().generate(*args, logits_processor=processors, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Hand images on to the first step only; later steps find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in IMAGE_INPUTS:
+                inputs.pop(name, None)
+        elif inputs.get("pixel_values") is not None:
+            inputs["attention_mask"] = kwargs.get("attention_mask")  # a static cache made it 4-D
+        return inputs
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat the inputs for beams; the images of a row are repeated together."""
+        images = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        if expand_size > 1 and images["pixel_values"] is not None:
+            order = self._images_of_beams(expand_size, input_ids, images, model_kwargs)
+            images = {name: None if x is None else x[order] for name, x in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        model_kwargs.update({name: x for name, x in images.items() if x is not None})
+        return input_ids, model_kwargs
+
+    def _images_of_beams(
+        self,
+        expand_size: int,
+        input_ids: Tensor | None,
+        images: dict[str, Tensor | None],
+        model_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Image of each image slot after every row was repeated ``expand_size`` times."""
+        mask = self.model._image_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        pixel_values = images["pixel_values"]
+        assert pixel_values is not None
+        counts = _crop_counts(pixel_values, images["num_crops"])
+        order: list[int] = []
+        first = 0
+        for row in find_images(mask, counts, self.config.tokens_per_crop):
+            order += list(range(first, first + len(row))) * expand_size
+            first += len(row)
+        return torch.tensor(order, device=pixel_values.device)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        keywords = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and keywords.get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True loses the gradients of ProxyV "
+                "layers: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+def _crop_counts(pixel_values: Tensor, num_crops: Tensor | None) -> list[int]:
+    """Crops of each image.
+
+    Raises:
+        ValueError: ``pixel_values`` of another shape, or counts outside 1 to C_max.
+    """
+    images = pixel_values.shape[0]
+    if pixel_values.dim() not in (4, 5):
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}: expected (images, crops, 3, "
+            "height, width), or (images, 3, height, width) with one crop each"
+        )
+    most = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
+    counts = [most] * images if num_crops is None else [int(count) for count in num_crops]
+    if len(counts) != images or any(not 1 <= count <= most for count in counts):
+        raise ValueError(
+            f"num_crops={counts} does not fit pixel_values of {images} images with at most "
+            f"{most} crops: give one number from 1 to {most} for each image"
+        )
+    return counts
+
+
+def _real_crops(pixel_values: Tensor, num_crops: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Drop the crops that only pad: (crops, 3, height, width), and the crops of each image."""
+    counts = _crop_counts(pixel_values, num_crops)
+    if pixel_values.dim() == 4:
+        return pixel_values, counts
+    keep = [crops[:count] for crops, count in zip(pixel_values, counts, strict=True)]
+    return torch.cat(keep), counts
+
+
+def _real_rows(attention_mask: Tensor | None, image_mask: Tensor) -> Tensor:
+    """(B, S) False where a new row is padding."""
+    if attention_mask is None:
+        return torch.ones_like(image_mask)
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
+            "(B, tokens)"
+        )
+    return attention_mask[:, -image_mask.shape[1] :].bool().to(image_mask.device)
