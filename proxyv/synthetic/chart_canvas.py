@@ -8,9 +8,9 @@ from the same hinted layout that the Agg renderer uses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -105,7 +105,7 @@ def _measure(face: Face, text: str) -> _Measured:
     font.clear()
     font.set_size(face.em, DPI)
     flags = get_hinting_flag()
-    features = {} if _FEATURES is None else {"features": _FEATURES}
+    features: dict[str, Any] = {} if _FEATURES is None else {"features": _FEATURES}
     places = font.set_text(text, 0.0, flags=flags, **features)
     if len(places) != len(text):
         raise ValueError(f"text {text!r}: {face.path} draws it as {len(places)} shapes")
@@ -156,35 +156,26 @@ class Sheet:
     size_hw: tuple[int, int]
     background: str
     texts: list[Written] = field(default_factory=list)
-    _artists: list[Artist] = field(default_factory=list)
-
-    def _add(self, artist: Artist) -> None:
-        artist.set_transform(IdentityTransform())
-        artist.set_zorder(len(self._artists))
-        self._artists.append(artist)
+    _makers: list[tuple[bool, Callable[[], Artist]]] = field(default_factory=list)
 
     def rectangle(
         self, box: Box, fill: str, edge: str = "none", hatch: str | None = None, line: float = 0.0
     ) -> None:
         """A filled rectangle."""
         corner = (box.left, self.size_hw[0] - box.bottom)
-        self._add(
-            Rectangle(
-                corner,
-                box.width,
-                box.height,
-                facecolor=fill,
-                edgecolor=edge,
-                hatch=hatch,
-                linewidth=line,
-            )
-        )
+        look: dict[str, Any] = {
+            "facecolor": fill,
+            "edgecolor": edge,
+            "hatch": hatch,
+            "linewidth": line,
+        }
+        self._makers.append((False, partial(Rectangle, corner, box.width, box.height, **look)))
 
     def line(self, points: Sequence[tuple[float, float]], color: str, **options: Any) -> None:
         """A polyline through (x, y) points; ``options`` are those of ``Line2D``."""
         xs = [x for x, _ in points]
         ys = [self.size_hw[0] - y for _, y in points]
-        self._add(Line2D(xs, ys, color=color, **options))
+        self._makers.append((False, partial(Line2D, xs, ys, color=color, **options)))
 
     def wedge(
         self,
@@ -196,12 +187,9 @@ class Sheet:
         ring: float | None = None,
     ) -> None:
         """A slice of a pie between two angles (counter-clockwise from the right), or of a ring."""
-        x, y = centre[0], self.size_hw[0] - centre[1]
-        self._add(
-            Wedge(
-                (x, y), radius, *degrees, width=ring, facecolor=fill, edgecolor=edge, linewidth=1.0
-            )
-        )
+        place = (centre[0], self.size_hw[0] - centre[1])
+        look: dict[str, Any] = {"facecolor": fill, "edgecolor": edge, "linewidth": 1.0}
+        self._makers.append((False, partial(Wedge, place, radius, *degrees, width=ring, **look)))
 
     def write(
         self,
@@ -232,8 +220,14 @@ class Sheet:
             self.rectangle(
                 Box(ink.left - 0.5, ink.top - 1, ink.right + 0.5, ink.bottom + 0.5), behind
             )
+        self._makers.append((True, partial(self._text, text, origin, baseline, face, color)))
+        written = Written(text, face, origin, baseline, ink)
+        self.texts.append(written)
+        return written
+
+    def _text(self, text: str, x: float, baseline: float, face: Face, color: str) -> Text:
         artist = Text(
-            origin,
+            x,
             self.size_hw[0] - baseline,
             text,
             color=color,
@@ -244,10 +238,7 @@ class Sheet:
         )
         if _FEATURES is not None:
             artist.set_fontfeatures(_FEATURES)
-        self._add(artist)
-        written = Written(text, face, origin, baseline, ink)
-        self.texts.append(written)
-        return written
+        return artist
 
     def is_legible(self, margin: float = 1.0) -> bool:
         """Whether all texts lie on the sheet and none touches another."""
@@ -282,8 +273,11 @@ class Sheet:
         height, width = self.size_hw
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=self.background)
         canvas = FigureCanvasAgg(figure)
-        for artist in self._artists:
-            if texts or not isinstance(artist, Text):
+        for order, (is_text, make) in enumerate(self._makers):
+            if texts or not is_text:
+                artist = make()
+                artist.set_transform(IdentityTransform())
+                artist.set_zorder(order)
                 figure.add_artist(artist)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]

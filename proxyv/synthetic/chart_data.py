@@ -96,13 +96,18 @@ class Chart:
 def draw_plan(rng: np.random.Generator) -> Plan:
     """Draw kind, size and whether values are printed."""
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
-    num_categories, num_series, shown = int(rng.integers(3, 7)), 1, 0.66
+    num_categories, num_series, shown = int(rng.integers(3, 7)), 1, 0.63
     if kind == "grouped":
         num_categories, num_series, shown = int(rng.integers(2, 5)), int(rng.integers(2, 4)), 0.3
     elif kind == "line":
         num_series = (1, 2, 3)[int(rng.choice(3, p=(0.55, 0.3, 0.15)))]
-        shown = 0.66 if num_series == 1 else 0.0
+        shown = 0.63 if num_series == 1 else 0.0
     return Plan(kind, num_categories, num_series, bool(rng.random() < shown))
+
+
+def _is_name(word: str) -> bool:
+    """Whether a word may name something: the calendar's words have their own split."""
+    return len(word) > 2 and word not in MONTHS and word not in WEEKDAYS
 
 
 def _draw_until(make: Callable[[], str], accept: Callable[[str], bool], tries: int) -> str | None:
@@ -139,7 +144,7 @@ def draw_names(
     for _ in range(count):
         name = _draw_until(
             makers[theme],
-            lambda word: len(word) > 2 and word not in found and face.width(word) <= max_px,
+            lambda word: _is_name(word) and word not in found and face.width(word) <= max_px,
             tries=150,
         )
         if name is None:
@@ -162,6 +167,8 @@ def _draw_axis(
     # Without printed values every value lies on a grid line or half-way between two.
     grain = 10.0**-number.decimals if plan.values_shown else step / 2
     low = max(1, round(0.12 * step * num_ticks / grain))
+    if style == 1 and plan.values_shown:
+        low = 100  # three digits are wanted
     high = round(step * num_ticks / grain)
 
     def value() -> float:
@@ -214,6 +221,13 @@ def _draw_title(words: Words, style: Style, max_px: float) -> str | None:
     )
 
 
+def _draw_axis_name(words: Words) -> str:
+    name = _draw_until(lambda: words.noun(MAX_NAME), _is_name, tries=100)
+    if name is None:
+        raise ValueError(f"split {words.split!r}: no noun of 3 to {MAX_NAME} characters")
+    return name
+
+
 def _name_px(plan: Plan, style: Style, width: int) -> tuple[float, float]:
     """The widest category name and the widest series name that can stand on the page."""
     side = 0.3 * width if plan.num_series > 1 and style.legend == "right" else 0.0
@@ -259,7 +273,7 @@ def draw_chart(plan: Plan, words: Words, style: Style, width: int) -> Chart | No
         num_ticks=num_ticks,
         colors=style.colors[: plan.num_categories if vary else plan.num_series],
         vary_colors=vary,
-        x_name=words.noun(MAX_NAME) if named and rng.random() < 0.3 else "",
-        y_name=words.noun(MAX_NAME) if named and rng.random() < 0.2 else "",
+        x_name=_draw_axis_name(words) if named and rng.random() < 0.3 else "",
+        y_name=_draw_axis_name(words) if named and rng.random() < 0.2 else "",
         theme=theme,
     )

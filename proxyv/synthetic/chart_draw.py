@@ -112,7 +112,7 @@ def _draw_legend(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
 
 
 def _draw_names_of_axes(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
-    row = 1.3 * style.small.em
+    row = 1.4 * style.small.em
     if chart.x_name:
         middle = area.bottom - row / 2
         sheet.write(chart.x_name, (area.left + area.right) / 2 + 8, middle, style.small, style.ink)
