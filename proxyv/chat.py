@@ -93,7 +93,7 @@ def _read_question() -> str | None:
 
 
 def _open(path: Path) -> Image.Image:
-    from proxyv.eval.sources import open_image
+    from proxyv.eval.images import open_image
 
     if not path.is_file():
         raise CommandError(f"--image {path}: no such file")

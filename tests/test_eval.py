@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from proxyv.cli import CommandError
-from proxyv.eval import sources
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
+from proxyv.eval.images import image_bytes
 from proxyv.eval.plan import make_batches, make_items
 from proxyv.eval.records import read_records, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
@@ -351,7 +351,7 @@ def test_parquet_saved_and_json_folders_hold_the_same_rows(tmp_path: Path) -> No
         loaded = load_rows(DOCVQA, tmp_path / name)
         assert len(loaded) == 4
         for index, row in enumerate(rows):
-            content = sources.image_bytes(loaded[index]["image"], loaded.folder)
+            content = image_bytes(loaded[index]["image"], loaded.folder)
             assert content == row["image"]["bytes"]
             assert DOCVQA.sample(index, loaded[index]) == DOCVQA.sample(index, row)
 

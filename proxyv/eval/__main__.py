@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -14,13 +15,18 @@ from typing import Any
 from rich.console import Console
 
 from proxyv.cli import run_command
+from proxyv.eval.answerer import Answerer, check_model_name
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import CONTROLS, check_control
+from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
 from proxyv.eval.records import write_json
 from proxyv.eval.report import results_table
+from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import load_rows
 
 __all__ = ["main"]
+
+SHOWN_FAILURES = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,12 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a sample could not be asked, else 0."""
     args = build_parser().parse_args(argv)
     benchmarks = select(args.tasks)
-    check_control(args.control)
-    from proxyv.eval.runner import RunOptions, evaluate, open_output
-
-    options = RunOptions(args.batch_size, args.limit, args.control, args.seed)
-    from proxyv.eval.answerer import Answerer, check_model_name
-
+    options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
     check_model_name(args.model)
     tables = [load_rows(benchmark, args.data) for benchmark in benchmarks]
     answerer = Answerer.load(
@@ -66,20 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         template=args.template,
     )
-    settings = _settings(args, answerer)
+    settings = _settings(args.model, answerer, options)
     output = args.output or _default_output(args.model, args.control)
     open_output(output, settings, overwrite=args.overwrite)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
     tasks = {
-        benchmark.name: evaluate(
-            benchmark,
-            rows,
-            answerer,
-            options,
-            output,
-            warn=lambda line: errors.print(line, markup=False),
-        )
+        benchmark.name: evaluate(benchmark, rows, answerer, options, output, console.print)
         for benchmark, rows in zip(benchmarks, tables, strict=True)
     }
     results = _results(args.model, settings, answerer, _earlier_tasks(output) | tasks)
@@ -89,22 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
         Console().print(results_table(results))
-        errors.print(f"written: {output / 'results.json'}", markup=False)
-    return _report_failures(tasks)
+    console.print(f"written: {output / 'results.json'}")
+    return _report_failures(tasks, console)
 
 
-def _settings(args: argparse.Namespace, answerer: Any) -> dict[str, Any]:
+def _settings(model: str, answerer: Answerer, options: RunOptions) -> dict[str, Any]:
     """What the answers depend on; a run is resumed only where all of it is equal."""
-    from proxyv.eval.provenance import fingerprint
-
-    folder = Path(args.model)
+    folder = Path(model)
     return {
-        "weights": fingerprint(folder) if folder.is_dir() else args.model,
+        "weights": fingerprint(folder) if folder.is_dir() else model,
         **answerer.describe(),
-        "batch_size": args.batch_size,
-        "limit": args.limit,
-        "control": args.control,
-        "seed": args.seed,
+        **dataclasses.asdict(options),
     }
 
 
@@ -120,10 +109,8 @@ def _earlier_tasks(output: Path) -> dict[str, Any]:
 
 
 def _results(
-    model: str, settings: dict[str, Any], answerer: Any, tasks: dict[str, Any]
+    model: str, settings: dict[str, Any], answerer: Answerer, tasks: dict[str, Any]
 ) -> dict[str, Any]:
-    from proxyv.eval.provenance import git_commit, hardware, versions
-
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "model": model,
@@ -138,15 +125,14 @@ def _results(
     }
 
 
-def _report_failures(tasks: dict[str, Any]) -> int:
-    failed = [(name, error) for name, task in tasks.items() for error in task["errors"]]
-    for name, error in failed[:5]:
-        print(f"failed: {name} {error}", file=sys.stderr)
+def _report_failures(tasks: dict[str, Any], console: Console) -> int:
+    failed = [f"{name} {error}" for name, task in tasks.items() for error in task["errors"]]
+    for line in failed[:SHOWN_FAILURES]:
+        console.print(f"failed: {line}")
     if failed:
-        print(
-            f"error: {len(failed)} samples could not be asked and count as wrong; the reasons are "
-            "in results.json",
-            file=sys.stderr,
+        console.print(
+            f"error: {len(failed)} samples could not be asked and count as wrong (all reasons are "
+            "in results.json)"
         )
     return 1 if failed else 0
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, Renderer
-from proxyv.eval.sources import hub_reachable
+from proxyv.eval.hub import hub_reachable
+from proxyv.model.processing import num_image_tokens
 
 __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
 
@@ -66,8 +67,6 @@ class Answerer:
             CommandError: no such folder, or an option that does not exist.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        import proxyv  # noqa: F401  (registers the model type)
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
@@ -152,7 +151,8 @@ class Answerer:
         """Build the left-padded batch; text alone brings no pixels."""
         flat = [image for own in images for image in own]
         pixels: dict[str, torch.Tensor] = self.processor.image_inputs(flat) if flat else {}
-        lengths = iter(self.processor.image_lengths(pixels) if flat else [])
+        crops = pixels["num_crops"].tolist() if flat else []
+        lengths = iter([num_image_tokens(count, self.processor.side) for count in crops])
         rows = [
             self.renderer.prompt(conversation, [next(lengths) for _ in own])
             for conversation, own in zip(conversations, images, strict=True)

@@ -1,8 +1,9 @@
 """Scoring functions of the benchmarks: plain strings in, a number out, no tensors.
 
 A function takes the model's text as it came and strips it once, as the benchmark harness does
-before it scores (whole pages are not stripped). Scores lie between 0 and 1. The rules are those of lmms-eval 0.7.3,
-oddities included, because published numbers were made with them; each oddity is named.
+before it scores (whole pages are not stripped). Scores lie between 0 and 1. The rules are those
+of lmms-eval 0.7.3, oddities included, because published numbers were made with them; each oddity
+is named.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from PIL import Image
 
 from proxyv.eval.benchmarks import Benchmark, Record, Sample
 from proxyv.eval.controls import blank_like, derange
-from proxyv.eval.sources import Rows, image_bytes, image_size_hw, open_image
+from proxyv.eval.images import image_bytes, image_size_hw, open_image
+from proxyv.eval.sources import Rows
 
 __all__ = ["Answering", "Item", "item_images", "make_batches", "make_items", "make_record"]
 

@@ -12,24 +12,18 @@ Images stay undecoded in the rows, so that one corrupt image costs one sample an
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark
+from proxyv.eval.hub import hub_reachable
 
-__all__ = ["Rows", "hub_reachable", "image_bytes", "image_size_hw", "load_rows", "open_image"]
+__all__ = ["Rows", "load_rows"]
 
-HUB_TIMEOUT_S = 5.0
 SPLIT_NAMES = ("train", "val", "validation", "dev", "test")
 
 
@@ -77,22 +71,6 @@ def _columns(table: Any) -> set[str]:
     if hasattr(table, "column_names"):
         return set(table.column_names)
     return {column for row in table for column in row}
-
-
-def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers within seconds; never tried with HF_HUB_OFFLINE=1."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered, if only to refuse
-    except OSError:
-        return False
 
 
 def _from_hub(benchmark: Benchmark) -> Rows:
@@ -198,54 +176,3 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CommandError(f"{path}: a list of rows (JSON objects) is needed")
     return rows
-
-
-def image_bytes(cell: Any, folder: Path | None) -> bytes:
-    """The encoded image of a row.
-
-    Args:
-        cell: a path, encoded bytes, or ``{"bytes", "path"}`` as ``datasets`` stores images.
-        folder: where relative paths start.
-
-    Raises:
-        ValueError: the row has no image, or its file cannot be read.
-    """
-    path = cell.get("path") if isinstance(cell, Mapping) else cell
-    content = cell.get("bytes") if isinstance(cell, Mapping) else None
-    if isinstance(cell, bytes):
-        content = cell
-    if content:
-        return content
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError("the row has no image")
-    file = Path(folder or ".", path)
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"image {file} cannot be read ({error.strerror or error})") from error
-
-
-def open_image(content: bytes) -> Image.Image:
-    """Decode an image to RGB.
-
-    Raises:
-        ValueError: the bytes are no complete image.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
-
-
-def image_size_hw(content: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, from its header alone.
-
-    Raises:
-        ValueError: the bytes are no image.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
