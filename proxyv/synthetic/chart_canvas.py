@@ -74,6 +74,10 @@ class Face:
         """Advance width of a text in pixels."""
         return _measure(self, text).width
 
+    def rough_width(self, text: str) -> float:
+        """Advance width without kerning: much faster, for trying many texts."""
+        return sum(_shape(self, char)[1] for char in text)
+
     @property
     def cap(self) -> float:
         """Height of a capital letter in pixels."""
@@ -98,6 +102,17 @@ def _properties(face: Face) -> FontProperties:
     return FontProperties(fname=face.path, size=face.em)
 
 
+@lru_cache(maxsize=16384)
+def _shape(face: Face, char: str) -> tuple[Box, float]:
+    """Ink box of one character about its origin (y downwards), and its advance width."""
+    font = get_font(face.path)
+    font.set_size(face.em, DPI)
+    glyph = font.load_char(ord(char), flags=get_hinting_flag())
+    left, top = glyph.horiBearingX / 64, -glyph.horiBearingY / 64
+    box = Box(left, top, left + glyph.width / 64, top + glyph.height / 64)
+    return box, glyph.horiAdvance / 64
+
+
 @lru_cache(maxsize=8192)
 def _measure(face: Face, text: str) -> _Measured:
     """Lay the text out as the Agg renderer does."""
@@ -111,11 +126,9 @@ def _measure(face: Face, text: str) -> _Measured:
         raise ValueError(f"text {text!r}: {face.path} draws it as {len(places)} shapes")
     boxes, end = [], 0.0
     for char, (x, _) in zip(text, places, strict=True):
-        glyph = font.load_char(ord(char), flags=flags)
-        left = (x + glyph.horiBearingX) / 64
-        top = -glyph.horiBearingY / 64
-        boxes.append(Box(left, top, left + glyph.width / 64, top + glyph.height / 64))
-        end = (x + glyph.horiAdvance) / 64
+        ink, advance = _shape(face, char)
+        boxes.append(Box(ink.left + x / 64, ink.top, ink.right + x / 64, ink.bottom))
+        end = x / 64 + advance
     return _Measured(tuple(boxes), end)
 
 

@@ -144,7 +144,7 @@ def draw_names(
     for _ in range(count):
         name = _draw_until(
             makers[theme],
-            lambda word: _is_name(word) and word not in found and face.width(word) <= max_px,
+            lambda word: _is_name(word) and word not in found and face.rough_width(word) <= max_px,
             tries=150,
         )
         if name is None:
@@ -216,7 +216,7 @@ def _draw_title(words: Words, style: Style, max_px: float) -> str | None:
 
     return _draw_until(
         make,
-        lambda text: split_of(text) == words.split and style.title_face.width(text) <= max_px,
+        lambda text: split_of(text) == words.split and style.title_face.rough_width(text) <= max_px,
         tries=100,
     )
 

@@ -396,7 +396,7 @@ def _table(sheet: Sheet, words: Words, layout: str) -> list[Question]:
         "Units": lambda: words.number(10, 9999),
         "City": lambda: words.city(9),
         "Year": lambda: words.number(1950, 2030),
-        "Rate": lambda: f"{words.number(10, 99)}%",
+        "Rate": words.percent,
     }
     first = words.pick(("Name", "Item"))
     key = (lambda: words.first_name(9)) if first == "Name" else (lambda: words.product(9))

@@ -204,6 +204,10 @@ class Words:
         """A whole number."""
         return self._draw(lambda: str(self._integer(low, high)), 9)
 
+    def percent(self) -> str:
+        """A share: "42%"."""
+        return self._draw(lambda: f"{self._integer(10, 100)}%", 4)
+
     def measure(self) -> str:
         """A number with its unit: "42 kg", "17.5 %"."""
         units = ("kg", "km", "cm", "%", "h", "ml", "lb", "mi")
@@ -218,7 +222,9 @@ class Words:
         """An address: "jensen@lake.org"."""
         ends = (".com", ".org", ".net")
         return self._draw(
-            lambda: f"{self.pick(_pool('last')).lower()}@{self.pick(_pool('noun')).lower()}{self.pick(ends)}",
+            lambda: (
+                f"{self.pick(_pool('last')).lower()}@{self.pick(_pool('noun')).lower()}{self.pick(ends)}"
+            ),
             17,
         )
 

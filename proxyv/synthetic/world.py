@@ -155,9 +155,7 @@ def write_world(
     _write_json(folders["sharegpt4v"] / "captions.json", captions)
     _write_json(folders["llava_next"] / "conversations.json", conversations)
     rows |= {"sharegpt4v": len(captions), "llava_next": len(conversations)}
-    documents = _pages(
-        seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers
-    )
+    documents = _pages(seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers)
     rows["docvqa"] = _write_docvqa(out / "docvqa", documents, questions_per_page)
     charts = _pages(seed, _TEST_STREAM, test_charts, "test", only_charts, side_px, workers)
     rows["chartqa"] = _write_chartqa(out / "chartqa", charts, questions_per_page)
@@ -258,5 +256,6 @@ def _write_chartqa(folder: Path, pages: Iterator[tuple[Page, bytes]], most: int)
 
 def _write_parquet(path: Path, rows: list[dict], features: datasets.Features) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
+    columns = {name: [row[name] for row in rows] for name in features}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
     return len(rows)
