@@ -34,7 +34,6 @@ from proxyv.model.proxies import make_spatial_proxies
 
 __all__ = [
     "FAMILIES",
-    "WeightsTap",
     "DecoderOptions",
     "Family",
     "ProxyVLayerMixin",
@@ -42,6 +41,7 @@ __all__ = [
     "ProxyVLlamaModel",
     "ProxyVTextMixin",
     "Streams",
+    "WeightsTap",
     "build_language_model",
 ]
 

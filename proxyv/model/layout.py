@@ -12,6 +12,7 @@ newline, crop after crop (thumbnail first). A row of the batch may hold any numb
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -278,7 +279,7 @@ def _segments(natural: Tensor, num_light: int) -> tuple[tuple[bool, int, int], .
     breaks = torch.cat([breaks, (is_full.diff()).nonzero().flatten() + 1]).unique()
     bounds = [0, *breaks.tolist(), natural.shape[0]]
     segments = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         full = bool(is_full[start])
         first = int(natural[start]) - (num_light if full else 0)
         segments.append((full, first, first + stop - start))

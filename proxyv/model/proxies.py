@@ -6,7 +6,6 @@ r x r block of full tokens that it covers.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["add_to_blocks", "make_spatial_proxies"]

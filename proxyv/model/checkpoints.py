@@ -1,0 +1,221 @@
+"""The released checkpoints' names and configuration, to ours and back.
+
+The released layout is LLaVA's: one flat ``model.`` with the language model at the top, the
+projector as ``mm_projector``, and one ``vision_mlp_layers.k`` for decoder layer start + k. The two
+halves of its ``proj.0`` are two weights here (see ``guided_update.py``).
+
+Source: released checkpoints and the authors' model classes (names and shapes).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from proxyv.config import ProxyVConfig
+
+__all__ = ["from_released", "load_released", "released_config", "to_released"]
+
+_RENAMES = (
+    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+)
+_BACK = (
+    (r"model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (
+        r"model\.vision_tower\.(vision_model\.)?",
+        "model.vision_tower.vision_tower.vision_model.",
+    ),
+    (r"model\.language_model\.", "model."),
+)
+_GUIDED = {
+    "input_proj.weight": "input_proj.weight",
+    "context_proj.weight": "context_proj.weight",
+    "proj.2.weight": "output_proj.weight",
+    "layernorm_post.weight": "norm.weight",
+}
+_GUIDED_BACK = {ours: theirs for theirs, ours in _GUIDED.items()}
+
+
+def from_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[str, Tensor]:
+    """Rename a released state dict to ours.
+
+    Args:
+        state: tensors under the released names.
+        start_layer: decoder layer that ``vision_mlp_layers.0`` belongs to; None for a baseline.
+
+    Returns:
+        The same tensors under our names; ``proj.0`` split into its two halves. Names that are
+        not known are kept, so that loading can report them.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"model\.vision_mlp_layers\.(\d+)\.(.+)", name)
+        if match is None or start_layer is None:
+            renamed[_rename(name, _RENAMES)] = tensor
+            continue
+        layer, part = start_layer + int(match[1]), match[2]
+        prefix = f"model.language_model.layers.{layer}.guided_update."
+        if part == "proj.0.weight":
+            for_input, for_context = tensor.chunk(2, dim=1)
+            renamed[prefix + "merge_input.weight"] = for_input.contiguous()
+            renamed[prefix + "merge_context.weight"] = for_context.contiguous()
+        else:
+            renamed[prefix + _GUIDED.get(part, part)] = tensor
+    return renamed
+
+
+def to_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[str, Tensor]:
+    """Rename our state dict to the released names; the inverse of ``from_released``.
+
+    Args:
+        state: tensors under our names.
+        start_layer: first ProxyV layer; None for a baseline.
+
+    Returns:
+        The same tensors under the released names; the halves of ``proj.0`` joined.
+
+    Raises:
+        ValueError: one half of a ``proj.0`` without the other.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"model\.language_model\.layers\.(\d+)\.guided_update\.(.+)", name)
+        if match is None:
+            renamed[_rename(name, _BACK)] = tensor
+            continue
+        prefix = f"model.vision_mlp_layers.{int(match[1]) - (start_layer or 0)}."
+        part = match[2]
+        if part == "merge_context.weight":
+            continue
+        if part == "merge_input.weight":
+            other = state.get(name.replace("merge_input", "merge_context"))
+            if other is None:
+                raise ValueError(f"{name} is there, but its other half merge_context is not")
+            renamed[prefix + "proj.0.weight"] = torch.cat([tensor, other], dim=1)
+        else:
+            renamed[prefix + _GUIDED_BACK.get(part, part)] = tensor
+    return renamed
+
+
+def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a released state dict into a ProxyV model, all of it or nothing.
+
+    Args:
+        model: a ``ProxyVForConditionalGeneration``.
+        state: tensors under the released names.
+
+    Raises:
+        ValueError: another number of guided updates than the model has (another start layer, or
+            a baseline), or missing, unexpected or differently shaped tensors, all named.
+    """
+    config: ProxyVConfig = model.config  # type: ignore[assignment]
+    _check_start_layer(state, config)
+    loaded = from_released(state, config.start_layer)
+    own = model.state_dict()
+    if any(name.startswith("model.vision_tower.vision_model.") for name in own):
+        old, new = "model.vision_tower.", "model.vision_tower.vision_model."
+        loaded = {name.replace(old, new, 1): tensor for name, tensor in loaded.items()}
+    ignored = [name for name in loaded if name.endswith(".position_ids") and name not in own]
+    for name in ignored:
+        del loaded[name]
+    if config.tie_word_embeddings and "lm_head.weight" not in loaded:
+        loaded["lm_head.weight"] = loaded["model.language_model.embed_tokens.weight"]
+    faults = {
+        "missing": sorted(own.keys() - loaded.keys()),
+        "unexpected": sorted(loaded.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(loaded[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & loaded.keys())
+            if own[name].shape != loaded[name].shape
+        ],
+    }
+    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in faults.items() if names]
+    if problems:
+        raise ValueError("the checkpoint does not fit the model; tensors " + "; ".join(problems))
+    model.load_state_dict(loaded)
+
+
+def released_config(
+    raw: Mapping[str, Any],
+    vision_config: Mapping[str, Any] | PreTrainedConfig,
+    *,
+    family: str = "llama",
+    image_token_index: int | None = None,
+) -> ProxyVConfig:
+    """Our configuration from the ``config.json`` of a released checkpoint.
+
+    Args:
+        raw: its contents.
+        vision_config: configuration of the CLIP vision tower, which ``raw`` only names.
+        family: model type of the language model.
+        image_token_index: id that stands for image rows; by default the first id behind the
+            vocabulary.
+
+    Returns:
+        The configuration, in the released layout.
+
+    Raises:
+        ValueError: a released option that this model does not have.
+    """
+    if raw.get("learn_proxy"):
+        raise ValueError("learn_proxy=true: non-spatial proxies are not supported")
+    text_config = AutoConfig.for_model(family)
+    known = set(text_config.to_dict()) | {"rope_theta", "rope_scaling"}
+    text = {k: v for k, v in raw.items() if k in known and k not in _NOT_TEXT}
+    if not isinstance(vision_config, PreTrainedConfig):
+        vision_config = {"model_type": "clip_vision_model", **vision_config}
+    pinpoints = raw.get("image_grid_pinpoints")
+    options: dict[str, Any] = {}
+    if pinpoints is not None:
+        options["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
+    return ProxyVConfig(
+        vision_config=vision_config,
+        text_config={**text, "model_type": family},
+        image_token_index=raw["vocab_size"] if image_token_index is None else image_token_index,
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=(
+            "default" if raw.get("mm_vision_select_feature", "patch") == "patch" else "full"
+        ),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        start_layer=raw["proxyv_start_layer"] if raw.get("proxyv") else None,
+        side_reduction=raw.get("proxyv_reduce_factor", 4),
+        layout="released",
+        **options,
+    )
+
+
+_NOT_TEXT = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+
+
+def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        renamed, count = re.subn("^" + pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def _check_start_layer(state: Mapping[str, Tensor], config: ProxyVConfig) -> None:
+    """Refuse a checkpoint with another number of guided updates than the model's."""
+    found = {
+        int(match[1])
+        for match in (re.match(r"model\.vision_mlp_layers\.(\d+)\.", name) for name in state)
+        if match
+    }
+    layers = config.text_config.num_hidden_layers
+    expected = 0 if config.start_layer is None else layers - config.start_layer
+    if len(found) != expected:
+        theirs = f"start_layer={layers - len(found)}" if found else "a baseline (start_layer=null)"
+        raise ValueError(
+            f"the checkpoint holds {len(found)} guided updates, which is {theirs} at {layers} "
+            f"layers, but the model has start_layer={config.start_layer}"
+        )

@@ -1,0 +1,235 @@
+"""The method again, slow and obvious, to compare the package with.
+
+One sequence at a time, every token an object with a kind and a position, visibility decided pair
+by pair, the concatenation of the guided update really built, proxies by ``interpolate``. Nothing
+of ``proxyv.model`` is used but the names of its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Token:
+    """One row: "full", "proxy", "newline" or "text", its position, and its rank if natural."""
+
+    kind: str
+    position: int
+    row: int = -1
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rope(x: Tensor, positions: list[int], theta: float) -> Tensor:
+    """(N, H, h) -> the same; pair i of a head is (i, i + h/2)."""
+    half = x.shape[-1] // 2
+    out = []
+    for row, position in zip(x, positions, strict=True):
+        angle = position / theta ** (torch.arange(half, device=x.device, dtype=x.dtype) / half)
+        a, b = row[:, :half], row[:, half:]
+        out.append(
+            torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+        )
+    return torch.stack(out)
+
+
+def sees(query: Token, key: Token) -> bool:
+    """Whether a query may look at a key in a ProxyV layer."""
+    if key.position > query.position:
+        return False
+    if query.kind == "proxy":
+        return key.kind in ("proxy", "newline", "text")
+    return key.kind in ("full", "newline", "text")
+
+
+def sees_in_ordinary_layer(query: Token, key: Token) -> bool:
+    return key.position <= query.position
+
+
+def image_features(weights: Mapping[str, Tensor], tower: Any, config: Any, pixels: Tensor):
+    """(C, 3, height, width) -> (C, s*s, D): stock tower, projector by hand."""
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    x = states[config.vision_feature_layer][:, 1:]
+    for name in ("linear_1", "linear_2"):
+        weight = weights[f"model.multi_modal_projector.{name}.weight"]
+        x = x @ weight.T + weights[f"model.multi_modal_projector.{name}.bias"]
+        x = F.gelu(x) if name == "linear_1" else x
+    return x
+
+
+def lay_out(ids: list[int], crops: list[int], config: Any) -> tuple[list[Token], list[int]]:
+    """Tokens of the natural sequence, and the position where each image starts."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tokens, starts = [], []
+    image, column = 0, 0
+    while column < len(ids):
+        if ids[column] != config.image_token_index:
+            tokens.append(Token("text", column, column))
+            column += 1
+            continue
+        starts.append(column)
+        for crop in range(crops[image]):
+            for _ in range(side * side):
+                tokens.append(Token("full", column, column))
+                column += 1
+            position = column
+            if config.layout == "released" and crop > 0:
+                position -= side * side + 1
+            tokens.append(Token("newline", position, column))
+            column += 1
+        image += 1
+    return tokens, starts
+
+
+class Oracle:
+    """A language model with ProxyV layers, from a dictionary of weights.
+
+    Args:
+        weights: ``dict(model.named_parameters())`` or a state dict.
+        config: a ``ProxyVConfig``.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: Any) -> None:
+        self.weights, self.config, self.text = weights, config, config.text_config
+
+    def layer(self, index: int, name: str) -> Tensor:
+        return self.weights[f"model.language_model.layers.{index}.{name}.weight"]
+
+    def attention(self, index, x, queries: list[int], tokens: list[Token], rule) -> Tensor:
+        """Attention of some rows over all rows; x is normalised (N, D)."""
+        H, K = self.text.num_attention_heads, self.text.num_key_value_heads
+        width = self.text.head_dim
+        theta = self.text.rope_parameters["rope_theta"]
+        positions = [token.position for token in tokens]
+        q = (x @ self.layer(index, "self_attn.q_proj").T).view(len(x), H, width)
+        k = (x @ self.layer(index, "self_attn.k_proj").T).view(len(x), K, width)
+        v = (x @ self.layer(index, "self_attn.v_proj").T).view(len(x), K, width)
+        q, k = rope(q, positions, theta), rope(k, positions, theta)
+        rows = []
+        for row in queries:
+            keys = [i for i, token in enumerate(tokens) if rule(tokens[row], token)]
+            heads = []
+            for head in range(H):
+                group = head // (H // K)
+                scores = k[keys, group] @ q[row, head] / math.sqrt(width)
+                heads.append(scores.softmax(-1) @ v[keys, group])
+            rows.append(torch.cat(heads))
+        return torch.stack(rows) @ self.layer(index, "self_attn.o_proj").T
+
+    def feed_forward(self, index: int, x: Tensor) -> Tensor:
+        h = rms_norm(x, self.layer(index, "post_attention_layernorm"), self.text.rms_norm_eps)
+        gate = F.silu(h @ self.layer(index, "mlp.gate_proj").T)
+        up = h @ self.layer(index, "mlp.up_proj").T
+        return x + (gate * up) @ self.layer(index, "mlp.down_proj").T
+
+    def attend(self, index, x, queries, tokens, rule) -> Tensor:
+        """Both residual steps for some rows; (N, D) -> (len(queries), D)."""
+        h = rms_norm(x, self.layer(index, "input_layernorm"), self.text.rms_norm_eps)
+        out = x[queries] + self.attention(index, h, queries, tokens, rule)
+        return self.feed_forward(index, out)
+
+    def make_proxies(self, full: Tensor, side: int) -> Tensor:
+        """(C*s*s, D) -> (C*(s/r)^2, D)."""
+        r = self.config.side_reduction
+        grid = full.view(-1, side, side, full.shape[-1]).permute(0, 3, 1, 2)
+        if self.config.downsample == "average":
+            small = F.avg_pool2d(grid, r)
+        else:
+            small = F.interpolate(grid, scale_factor=1 / r, mode="bilinear", align_corners=False)
+        return small.permute(0, 2, 3, 1).reshape(-1, full.shape[-1])
+
+    def guided_update(self, index: int, full: Tensor, proxies: Tensor, side: int) -> Tensor:
+        """Token by token, with the proxy that covers it."""
+        r = self.config.side_reduction
+        small = side // r
+        merge = torch.cat(
+            [
+                self.layer(index, "guided_update.merge_input"),
+                self.layer(index, "guided_update.merge_context"),
+            ],
+            dim=1,
+        )
+        out = []
+        for number, x in enumerate(full):
+            crop, place = divmod(number, side * side)
+            y, z = divmod(place, side)
+            proxy = proxies[crop * small * small + (y // r) * small + z // r]
+            joined = torch.cat(
+                [
+                    self.layer(index, "guided_update.input_proj") @ x,
+                    self.layer(index, "guided_update.context_proj") @ proxy,
+                ]
+            )
+            u = self.layer(index, "guided_update.output_proj") @ F.silu(merge @ joined)
+            out.append(x + u)
+        norm = self.layer(index, "guided_update.norm")
+        return rms_norm(torch.stack(out), norm, self.text.rms_norm_eps)
+
+    def __call__(self, ids: list[int], features: list[Tensor]) -> tuple[Tensor, list[Token]]:
+        """Logits of one sequence.
+
+        Args:
+            ids: natural sequence with image tokens.
+            features: for each image (C, s*s, D).
+
+        Returns:
+            Logits (S, vocabulary); rows of full tokens are NaN. And the tokens.
+        """
+        config = self.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        tokens, starts = lay_out(ids, [len(image) for image in features], config)
+        vision = [
+            row
+            for image in features
+            for crop in image
+            for row in [*crop, self.weights["model.image_newline"]]
+        ]
+        table = self.weights["model.language_model.embed_tokens.weight"]
+        supply = iter(vision)
+        x = torch.stack(
+            [table[i] if token.kind == "text" else next(supply) for i, token in zip(ids, tokens)]
+        )
+        depth = self.text.num_hidden_layers
+        start = depth if config.start_layer is None or not features else config.start_layer
+        for index in range(start):
+            x = self.attend(index, x, list(range(len(x))), tokens, sees_in_ordinary_layer)
+        if start < depth:
+            x = self.run_proxyv_layers(start, x, tokens, starts, features, side)
+        x = rms_norm(x, self.weights["model.language_model.norm.weight"], self.text.rms_norm_eps)
+        logits = x @ self.weights["lm_head.weight"].T
+        if start < depth:
+            hidden = torch.tensor([token.kind == "full" for token in tokens])
+            logits = logits.masked_fill(hidden[:, None], math.nan)
+        return logits, tokens
+
+    def run_proxyv_layers(self, start, x, tokens, starts, features, side) -> Tensor:
+        """(S, D) -> (S, D) through all layers from ``start`` on."""
+        is_full = [i for i, token in enumerate(tokens) if token.kind == "full"]
+        others = [i for i, token in enumerate(tokens) if token.kind != "full"]
+        per_crop = (side // self.config.side_reduction) ** 2
+        proxy_tokens = [
+            Token("proxy", first + number)
+            for first, image in zip(starts, features, strict=True)
+            for number in range(len(image) * per_crop)
+        ]
+        proxies = self.make_proxies(x[is_full], side)
+        for index in range(start, self.text.num_hidden_layers):
+            everything = torch.cat([x, proxies])
+            all_tokens = [*tokens, *proxy_tokens]
+            queries = [*others, *range(len(x), len(everything))]
+            out = self.attend(index, everything, queries, all_tokens, sees)
+            proxies = out[len(others) :]
+            full = self.guided_update(index, x[is_full], proxies, side)
+            order = torch.tensor([*others, *is_full]).argsort()
+            x = torch.cat([out[: len(others)], full])[order]
+        return x
