@@ -1,0 +1,1 @@
+"""The small world: rendered documents and charts with questions, in real schemas."""

@@ -45,9 +45,10 @@ class Page:
         glyphs: every visible character, in reading order; spaces are left out.
         caption: what is written or drawn, in reading order.
         questions: questions whose answers can be seen in the picture.
-        template: the layout's name, such as "invoice/two_columns" or "bar/plain".
+        template: the layout's name, such as "invoice/split" or "bar/left/top".
         split: the half of the small world that the page belongs to.
         values_shown: for charts, whether the values are printed; true for documents.
+        facts: for charts, their title and what the categories are.
     """
 
     image: Image.Image

@@ -221,12 +221,12 @@ class Words:
     def email(self) -> str:
         """An address: "jensen@lake.org"."""
         ends = (".com", ".org", ".net")
-        return self._draw(
-            lambda: (
-                f"{self.pick(_pool('last')).lower()}@{self.pick(_pool('noun')).lower()}{self.pick(ends)}"
-            ),
-            17,
-        )
+
+        def make() -> str:
+            who, where = self.pick(_pool("last")), self.pick(_pool("noun"))
+            return f"{who}@{where}{self.pick(ends)}".lower()
+
+        return self._draw(make, 17)
 
     def random_text(self, max_len: int = 14) -> str:
         """Characters without meaning, so that a reader cannot lean on language."""

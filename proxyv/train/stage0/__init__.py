@@ -1,0 +1,1 @@
+"""Stage 0: the tiny preset's own backbones, trained from scratch on the small world."""

@@ -10,7 +10,7 @@ the tower. No picture is involved, and no page of the data sets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +63,13 @@ class LanguageSettings:
     run: Path
     out: Path
     steps: int = 6000
-    batch: int = 24
+    batch: int = 12
     seed: int = 12
-    ring: int = 6000
-    renew: int = 8
+    ring: int = 3000
+    renew: int = 6
     workers: int = 1
-    turns: int = 5
-    mix: Mix = Mix(text=0.15, documents=0.5, charts=0.35)
+    turns: int = 6
+    mix: Mix = field(default_factory=lambda: Mix(text=0.15, documents=0.5, charts=0.35))
 
 
 class GridReader(Trainee):
@@ -111,14 +111,14 @@ class GridReader(Trainee):
             text = ("\n" if index == 0 else "") + question
             asked = head + self.tokenizer.encode(text, add_special_tokens=False)
             asked += [name("<|assistant|>")]
-            said = self.tokenizer.encode(answer, add_special_tokens=False) + [name("</s>")]
+            said = [*self.tokenizer.encode(answer, add_special_tokens=False), name("</s>")]
             ids += asked + said
             labels += [IGNORE] * len(asked) + said
         return ids, labels
 
     def embed_page(self, slots: Tensor, images: Tensor) -> Tensor:
         """(B, N, SLOTS) classes and (B, 3, H, W) pixels to (B, N + 1, width), newline last."""
-        B, N, _ = slots.shape
+        B = len(slots)
         offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
         grid = written.sum(2) + self.cells(colour_cells(images, 14))

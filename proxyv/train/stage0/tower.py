@@ -9,7 +9,7 @@ a raw tower to read far more slowly (see docs/log.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ class TowerSettings:
     ring: int = 6000
     renew: int = 10
     workers: int = 1
-    mix: Mix = Mix(text=0.45, documents=0.33, charts=0.22)
+    mix: Mix = field(default_factory=lambda: Mix(text=0.45, documents=0.33, charts=0.22))
 
 
 def normalise(images: Tensor) -> Tensor:
