@@ -143,14 +143,15 @@ class Written:
     box: Box
 
     def glyphs(self) -> list[Glyph]:
-        """The visible characters, each at the centre of its ink."""
+        """The visible characters: x in the middle of the ink, one y for the whole line.
+
+        The height is the middle of lower-case letters, as on documents, so that a line does not
+        fall into two rows of patches because of its commas and descenders.
+        """
         boxes = _measure(self.face, self.text).boxes
+        middle = self.baseline + _measure(self.face, "x").boxes[0].top / 2
         return [
-            Glyph(
-                char,
-                self.x + (box.left + box.right) / 2,
-                self.baseline + (box.top + box.bottom) / 2,
-            )
+            Glyph(char, self.x + (box.left + box.right) / 2, middle)
             for char, box in zip(self.text, boxes, strict=True)
             if char != " "
         ]
