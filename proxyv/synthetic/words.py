@@ -28,6 +28,7 @@ LONG_MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 )  # fmt: skip
+_LEFT_OUT = {"sex", "breast", "devil", "gun", "drug", "suicide", "sexual", "rape", "kill", "hell"}
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
@@ -54,7 +55,13 @@ def _pool(name: str) -> tuple[str, ...]:
         "verb": tuple(lorem["verb"]),
     }
     return tuple(
-        sorted({word for word in lists[name] if word.isascii() and len(word) <= 14 and word})
+        sorted(
+            {
+                word
+                for word in lists[name]
+                if word.isascii() and 0 < len(word) <= 14 and word.lower() not in _LEFT_OUT
+            }
+        )
     )
 
 
