@@ -92,9 +92,7 @@ def sample(
     return torch.cat(ids), images
 
 
-def collate(
-    samples: list[tuple[Tensor, list[Tensor]]], side: str = "right"
-) -> dict[str, Tensor]:
+def collate(samples: list[tuple[Tensor, list[Tensor]]], side: str = "right") -> dict[str, Tensor]:
     """Pad samples to one batch of model inputs."""
     length = max(len(ids) for ids, _ in samples)
     batch = {

@@ -197,7 +197,10 @@ class Oracle:
         table = self.weights["model.language_model.embed_tokens.weight"]
         supply = iter(vision)
         x = torch.stack(
-            [table[i] if token.kind == "text" else next(supply) for i, token in zip(ids, tokens)]
+            [
+                table[i] if token.kind == "text" else next(supply)
+                for i, token in zip(ids, tokens, strict=True)
+            ]
         )
         depth = self.text.num_hidden_layers
         start = depth if config.start_layer is None or not features else config.start_layer

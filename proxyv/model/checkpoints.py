@@ -138,7 +138,9 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if own[name].shape != loaded[name].shape
         ],
     }
-    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in faults.items() if names]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names)}" for what, names in faults.items() if names
+    ]
     if problems:
         raise ValueError("the checkpoint does not fit the model; tensors " + "; ".join(problems))
     model.load_state_dict(loaded)

@@ -395,8 +395,10 @@ class ProxyVTextMixin:
         num_full = layout.full_index.shape[1]
         rope = self.rotary_emb(embeds, position_ids=positions)
         name = self.config._attn_implementation
+        past_full = _remember_full_rows(past_key_values, layout, window)
+        past_light, past_light_valid = _past_light(past_full, window)
         needs_proxies = start < len(self.layers) - 1
-        proxies = proxy_mask(layout) if needs_proxies else None
+        proxies = proxy_mask(layout, past_light_valid) if needs_proxies else None
         return Streams(
             layout=layout,
             light_mask=to_backend(light, name, embeds.dtype),
@@ -404,6 +406,7 @@ class ProxyVTextMixin:
             rope_main=(rope[0][:, :-num_full], rope[1][:, :-num_full]),
             rope_full=(rope[0][:, -num_full:], rope[1][:, -num_full:]),
             natural_keys=natural_keys,
+            past_light=past_light,
             keep_hidden=keep_hidden,
             keep_attention=keep_attention,
         )
@@ -456,6 +459,46 @@ def _key_length(past_key_values: Cache | None, window: _Window) -> int:
     if past_key_values is None:
         return length
     return int(past_key_values.get_mask_sizes(length, 0)[0])
+
+
+def _remember_full_rows(
+    past_key_values: Cache | None, layout: SequenceLayout, window: _Window
+) -> Tensor | None:
+    """Note on the cache which of its rows are full tokens; proxies of later turns ask for it.
+
+    Returns:
+        (B, past) True where a row cached before is a full token; None without a cache.
+
+    Raises:
+        ValueError: the cache was filled with another batch size.
+    """
+    if past_key_values is None:
+        return None
+    B, past = window.past_valid.shape
+    known = getattr(past_key_values, "proxyv_full_rows", None)
+    if known is None:
+        known = window.past_valid.new_zeros(B, 0)
+    if known.shape[0] != B:
+        raise ValueError(
+            f"the cache was filled with images in a batch of {known.shape[0]}, now the batch is "
+            f"{B}: start a new cache"
+        )
+    known = nn.functional.pad(known[:, :past], (0, past - min(past, known.shape[1])))
+    new = layout.natural_index >= layout.light_index.shape[1]
+    past_key_values.proxyv_full_rows = torch.cat([known, new], dim=1)  # type: ignore[attr-defined]
+    return known
+
+
+def _past_light(past_full: Tensor | None, window: _Window) -> tuple[Tensor | None, Tensor | None]:
+    """Cached newline and text rows, (B, N) padded, and which entries are real; None if none."""
+    if past_full is None:
+        return None, None
+    light = window.past_valid & ~past_full
+    most = int(light.sum(dim=1).max()) if light.shape[1] else 0
+    if most == 0:
+        return None, None
+    index = light.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return index, light.gather(1, index)
 
 
 class ProxyVLlamaDecoderLayer(ProxyVLayerMixin, LlamaDecoderLayer):

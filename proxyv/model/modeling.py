@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     CLIPVisionModel,
@@ -338,6 +337,7 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         *,
         config_overrides: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        language_kwargs: dict[str, Any] | None = None,
     ) -> ProxyVForConditionalGeneration:
         """Join a CLIP vision tower and a language model; everything between them starts fresh.
 
@@ -347,35 +347,38 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
             config_overrides: fields of ``ProxyVConfig``, such as ``start_layer`` or
                 ``image_token_index``.
             dtype: of all weights; float32 by default, whatever the backbones are stored in.
+            language_kwargs: for loading the language model, such as ``gguf_file``.
 
         Returns:
             The model, in evaluation mode. New modules are drawn from torch's global generator.
 
         Raises:
-            ValueError: an option that ``ProxyVConfig`` refuses.
+            ValueError: an option that ``ProxyVConfig`` refuses, or a backbone whose weights do
+                not fit its configuration.
         """
         dtype = dtype or torch.float32
         tower = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
-        text_config = AutoConfig.from_pretrained(language)
-        decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
-        config = ProxyVConfig(
-            vision_config=tower.config.to_dict(),
-            text_config=text_config.to_dict(),
-            **{"tie_word_embeddings": text_config.tie_word_embeddings, **(config_overrides or {})},
+        decoder = AutoModelForCausalLM.from_pretrained(
+            language, dtype=dtype, **(language_kwargs or {})
         )
-        model = cls._from_config(config, dtype=dtype)
-        with torch.no_grad():
-            model.model.vision_tower.load_state_dict(tower.state_dict())
-            missing, unexpected = model.model.language_model.load_state_dict(
-                decoder.get_decoder().state_dict(), strict=False
-            )
-            missing = [name for name in missing if parameter_part(name) != "proxyv"]
-            if missing or unexpected:
-                raise ValueError(
-                    f"{language} does not fit its configuration: missing {missing}, unexpected "
-                    f"{unexpected}"
-                )
-            model.lm_head.weight.copy_(decoder.get_output_embeddings().weight)
+        text_config = decoder.config
+        overrides = {
+            "tie_word_embeddings": text_config.tie_word_embeddings,
+            **(config_overrides or {}),
+        }
+        config = ProxyVConfig(
+            vision_config=tower.config.to_dict(), text_config=text_config.to_dict(), **overrides
+        )
+        with torch.device("meta"):  # no second copy of the backbones, nothing drawn twice
+            model = cls._from_config(config, dtype=dtype)
+        _adopt(model.model.vision_tower, tower, str(vision))
+        _adopt(model.model.language_model, decoder.get_decoder(), str(language))
+        if not config.tie_word_embeddings:
+            _adopt(model.lm_head, decoder.get_output_embeddings(), str(language))
+        _materialise(model)
+        model.initialize_weights()
+        model.tie_weights()
+        model.freeze_unused()
         if decoder.can_generate():
             model.generation_config = decoder.generation_config
         return model.eval()
@@ -540,6 +543,31 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+def _adopt(target: nn.Module, source: nn.Module, name: str) -> None:
+    """Move a backbone's weights into a module on the meta device; guided updates stay there."""
+    missing, unexpected = target.load_state_dict(source.state_dict(), strict=False, assign=True)
+    missing = [key for key in missing if ".guided_update." not in key]
+    if missing or unexpected:
+        raise ValueError(
+            f"{name} does not fit its configuration: missing {missing}, unexpected {unexpected}"
+        )
+    for parameter in target.parameters():
+        if not parameter.is_meta:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give tensors that are still on the meta device (empty) memory."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def _crop_counts(pixel_values: Tensor, num_crops: Tensor | None) -> list[int]:
