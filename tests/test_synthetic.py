@@ -166,8 +166,7 @@ def test_training_files(world: Path) -> None:
         assert values[0].startswith("<image>\n")
         roles = [turn["from"] for turn in row["conversations"]]
         assert roles == ["human", "gpt"] * (len(roles) // 2)
-    for folder, rows in (("sharegpt4v", captions), ("llava_next", talks)):
-        assert all((world / folder / row["image"]).is_file() for row in rows)
+    assert all((world / row["image"]).is_file() for row in [*captions, *talks])
     asked = [t["value"] for row in talks for t in row["conversations"] if t["from"] == "human"]
     assert all(value.endswith((DOCUMENT_PROMPT, CHART_PROMPT)) for value in asked)
     assert {row["data_source"] for row in talks} == {"small_world_document", "small_world_chart"}
@@ -192,7 +191,7 @@ def test_worlds_are_reproducible(tmp_path: Path) -> None:
     counts = {"train_documents": 3, "train_charts": 0, "test_documents": 2, "test_charts": 0}
     for name, workers in (("a", 1), ("b", 2)):
         write_world(tmp_path / name, seed=4, workers=workers, **counts)
-    for file in ("llava_next/conversations.json", "sharegpt4v/images/document_000001.png"):
+    for file in ("llava_next/conversations.json", "images/document_000001.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 

@@ -3,7 +3,7 @@
     python -m proxyv.synthetic --out data/generated
 
 gives ShareGPT4V captions (stage 1), LLaVA-NeXT conversations (stage 2), and DocVQA and ChartQA
-rows for evaluation. Everything follows from the seed; the training half and the test half share
+rows for evaluation; both training sets name their pictures relative to ``--out``. Everything follows from the seed; the training half and the test half share
 no page, no seed, no typeface, no layout and no value of three characters or more.
 """
 
@@ -137,9 +137,8 @@ def write_world(
     only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
     captions: list[dict] = []
     conversations: list[dict] = []
-    folders = {name: out / name for name in ("sharegpt4v", "llava_next")}
-    for folder in folders.values():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
+    for folder in ("images", "sharegpt4v", "llava_next"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     for kind, mix, count in (
         ("document", only_documents, train_documents),
         ("chart", only_charts, train_charts),
@@ -148,12 +147,11 @@ def write_world(
         for index, (page, png) in enumerate(stream):
             name = f"{kind}_{index:06d}"
             rng = np.random.default_rng((seed, _TRAIN_STREAM, index))
-            for folder in folders.values():
-                (folder / "images" / f"{name}.png").write_bytes(png)
+            (out / "images" / f"{name}.png").write_bytes(png)
             captions.append(_caption_row(name, page))
             conversations.append(_conversation_row(name, page, kind, questions_per_page, rng))
-    _write_json(folders["sharegpt4v"] / "captions.json", captions)
-    _write_json(folders["llava_next"] / "conversations.json", conversations)
+    _write_json(out / "sharegpt4v" / "captions.json", captions)
+    _write_json(out / "llava_next" / "conversations.json", conversations)
     rows |= {"sharegpt4v": len(captions), "llava_next": len(conversations)}
     documents = _pages(seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers)
     rows["docvqa"] = _write_docvqa(out / "docvqa", documents, questions_per_page)
