@@ -1,4 +1,4 @@
-"""A rendered page of the small world: the picture, what is written on it, and questions about it."""
+"""A rendered page of the small world: the picture, what stands on it, questions about it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     python -m proxyv.synthetic --out data/generated
 
 gives ShareGPT4V captions (stage 1), LLaVA-NeXT conversations (stage 2), and DocVQA and ChartQA
-rows for evaluation; both training sets name their pictures relative to ``--out``. Everything follows from the seed; the training half and the test half share
-no page, no seed, no typeface, no layout and no value of three characters or more.
+rows for evaluation; both training sets name their pictures relative to ``--out``. Everything
+follows from the seed; the training half and the test half share no page, no seed, no typeface, no
+layout and no value of three characters or more.
 """
 
 from __future__ import annotations
