@@ -1,0 +1,135 @@
+"""Where every token sits: each natural row is covered once, positions as the layout says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxyv.model.layout import SequenceLayout, build_layout, find_images
+
+SIDE, REDUCE = 4, 2
+PER_CROP = SIDE * SIDE + 1
+
+rows = st.lists(  # one batch row: text lengths (integers) and crops of images (strings)
+    st.one_of(st.integers(1, 5), st.integers(1, 4).map(str)), min_size=1, max_size=4
+)
+batches = st.lists(rows, min_size=1, max_size=4)
+
+
+def masks(batch: list[list[int | str]], side: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Image mask, real mask and crops of a batch."""
+    lines = [
+        [flag for part in row for flag in ([True] * int(part) * PER_CROP if isinstance(part, str) else [False] * part)]
+        for row in batch
+    ]  # fmt: skip
+    length = max(map(len, lines))
+    image = torch.zeros(len(lines), length, dtype=torch.bool)
+    real = torch.zeros_like(image)
+    for index, line in enumerate(lines):
+        where = slice(0, len(line)) if side == "right" else slice(length - len(line), length)
+        image[index, where] = torch.tensor(line)
+        real[index, where] = True
+    crops = [int(part) for row in batch for part in row if isinstance(part, str)]
+    return image, real, crops
+
+
+def lay_out(batch, side="right", released=False) -> tuple[SequenceLayout, torch.Tensor]:
+    image, real, crops = masks(batch, side)
+    spans = find_images(image, crops, PER_CROP)
+    return build_layout(spans, real, SIDE, REDUCE, released=released), real
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches, st.sampled_from(["left", "right"]), st.booleans())
+def test_streams_cover_every_real_row_once_and_join_back(batch, side, released) -> None:
+    layout, real = lay_out(batch, side, released)
+    B, S = real.shape
+    for row in range(B):
+        full = layout.full_index[row][layout.full_valid[row]].tolist()
+        light = layout.light_index[row][layout.light_valid[row]].tolist()
+        assert sorted(full + light) == real[row].nonzero().flatten().tolist()
+        assert len(full) % (SIDE * SIDE) == 0
+        assert int(layout.proxy_valid[row].sum()) * REDUCE**2 == len(full)
+    hidden = torch.randn(B, S, 3)
+    joined = layout.join(*layout.split(hidden))
+    assert joined.shape == (B, S, 3)
+    assert torch.equal(joined[real], hidden[real])
+    heads = torch.randn(B, 2, S, 3)
+    streams = [layout.split(heads[:, head]) for head in range(2)]
+    both = [torch.stack(parts, dim=1) for parts in zip(*streams, strict=True)]
+    assert torch.equal(layout.join(*both).transpose(1, 2)[real], heads.transpose(1, 2)[real])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(batches, st.booleans())
+def test_positions(batch, released) -> None:
+    layout, real = lay_out(batch, "right", released)
+    slots, anchor = layout.slots, layout.proxy_anchor
+    for row, parts in enumerate(batch):
+        column, first_proxy = 0, 0
+        for part in parts:
+            if not isinstance(part, str):
+                assert slots[row, column : column + part].tolist() == list(
+                    range(column, column + part)
+                )
+                column += part
+                continue
+            count = int(part) * (SIDE // REDUCE) ** 2
+            mine = slice(first_proxy, first_proxy + count)
+            assert layout.proxy_slots()[row, mine].tolist() == list(range(column, column + count))
+            assert (anchor[row, mine] == column).all()
+            first_proxy += count
+            for crop in range(int(part)):
+                newline = column + SIDE * SIDE
+                assert slots[row, column:newline].tolist() == list(range(column, newline))
+                early = PER_CROP if released and crop else 0
+                assert int(slots[row, newline]) == newline - early
+                column += PER_CROP
+
+
+def test_released_positions_of_five_crops_are_the_documented_ones() -> None:
+    layout, _ = lay_out([[7, "5", 3]], released=True)
+    newlines = [7 + PER_CROP * crop + SIDE * SIDE for crop in range(5)]
+    base = 7 + SIDE * SIDE
+    assert layout.slots[0, newlines].tolist() == [base, *(base + PER_CROP * c for c in range(4))]
+
+
+def test_segments_only_where_all_rows_are_alike() -> None:
+    assert lay_out([[2, "2", 3]])[0].segments == (
+        (False, 0, 2), (True, 0, 16), (False, 2, 3), (True, 16, 32), (False, 3, 7)
+    )  # fmt: skip
+    assert lay_out([[2, "1"], [2, "1"]])[0].segments is not None
+    assert lay_out([[2, "1"], [1, "1"]])[0].segments is None
+
+
+def test_moving_keeps_everything() -> None:
+    layout, _ = lay_out([[2, "1", 1]])
+    moved = layout.to("meta")
+    assert moved.slots.device.type == "meta" and moved.segments == layout.segments
+
+
+@pytest.mark.parametrize(
+    ("batch", "crops", "words"),
+    [
+        ([[1, "2", 1]], [1], ["row 0", "17 image tokens more", "1 images"]),
+        ([[1, "2", 1]], [3], ["image 0 with 3 crops", "51 consecutive", "34 image tokens"]),
+        ([[1, "2", 1]], [2, 1], ["2 images were given", "for 1 only"]),
+        ([[1, "1", 1, "1"]], [2], ["image 0 with 2 crops", "column 1"]),
+        ([[1, "1"], [1, "2"]], [2, 1], ["row 0", "image 0 with 2 crops"]),
+        ([[3]], [1], ["1 images were given", "for 0 only"]),
+    ],
+)
+def test_tokens_and_images_that_do_not_fit_are_refused(batch, crops, words) -> None:
+    image, _, _ = masks(batch, "right")
+    with pytest.raises(ValueError) as error:
+        find_images(image, crops, PER_CROP)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_adjacent_images_are_told_apart() -> None:
+    image, _, _ = masks([["2", "1"]], "right")
+    spans = find_images(image, [2, 1], PER_CROP)
+    assert [(span.start, span.num_crops) for span in spans[0]] == [(0, 2), (34, 1)]
