@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from proxyv.data.templates import IGNORE_INDEX
 
-__all__ = ["Collator", "Sample"]
+__all__ = ["Collator", "DummyImage", "Sample"]
 
 
 class Sample(TypedDict, total=False):
@@ -28,6 +29,39 @@ class Sample(TypedDict, total=False):
     """(N, 2) height and width of each image before any resizing."""
 
 
+@dataclass(frozen=True)
+class DummyImage:
+    """A black crop that stands behind the text of a batch without images.
+
+    Ranks that train together must run the same modules in the same order: DeepSpeed's ZeRO adds up
+    gradients in the order in which they appear. The crop comes after all the text of its row, so
+    by causality no text sees it, and it carries no label: loss and gradients stay what they were.
+
+    Source: authors' zero image for text-only rows. Differs: one crop for a whole batch, and only
+    where it has no image.
+
+    Attributes:
+        image_token_id: id of the image token.
+        tokens: tokens of one crop, its newline included.
+        crop_px: side of a crop in pixels.
+    """
+
+    image_token_id: int
+    tokens: int
+    crop_px: int
+
+    def add_to(self, sample: Sample) -> Sample:
+        """The row with the crop behind it."""
+        ids, labels = sample["input_ids"], sample["labels"]
+        return Sample(
+            input_ids=torch.cat([ids, ids.new_full((self.tokens,), self.image_token_id)]),
+            labels=torch.cat([labels, labels.new_full((self.tokens,), IGNORE_INDEX)]),
+            pixel_values=torch.zeros(1, 1, 3, self.crop_px, self.crop_px),
+            num_crops=torch.tensor([1]),
+            image_sizes=torch.tensor([[self.crop_px, self.crop_px]]),
+        )
+
+
 class Collator:
     """Pads rows on the right and stacks their images in order.
 
@@ -37,10 +71,11 @@ class Collator:
 
     Args:
         pad_token_id: id to pad with; any id will do.
+        dummy: given to a batch without images; None leaves such a batch as it is.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, dummy: DummyImage | None = None) -> None:
+        self.pad_token_id, self.dummy = pad_token_id, dummy
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Make a batch.
@@ -50,6 +85,10 @@ class Collator:
             ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,), ``image_sizes`` (N, 2) of all
             images of the batch in row order.
         """
+        if self.dummy is not None and not any("pixel_values" in sample for sample in samples):
+            shortest = min(range(len(samples)), key=lambda row: len(samples[row]["input_ids"]))
+            samples = list(samples)
+            samples[shortest] = self.dummy.add_to(samples[shortest])
         ids = [sample["input_ids"] for sample in samples]
         shape = (len(ids), max(len(row) for row in ids))
         batch = {

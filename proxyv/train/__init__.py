@@ -1,0 +1,1 @@
+"""Training: settings, stages, trainer, and stage 0, which makes the tiny backbones."""

@@ -1,0 +1,232 @@
+"""Model and processor of a run: fresh ones on backbones, or those of an earlier run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, AutoConfig, AutoTokenizer, CLIPVisionConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from proxyv.config import ProxyVConfig
+from proxyv.data.dataset import ImagePipeline
+from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_of
+from proxyv.model.modeling import ProxyVForConditionalGeneration
+from proxyv.model.processing import ProxyVProcessor, num_image_tokens
+from proxyv.train.settings import ModelSettings, Settings
+
+__all__ = ["Built", "build", "build_on_meta", "image_pipeline", "output_folder", "starting_folder"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VOCABULARY_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run trains with."""
+
+    model: Any
+    processor: ProxyVProcessor
+    renderer: Renderer
+
+
+def output_folder(settings: Settings) -> Path:
+    """The run's folder: what was asked for, or runs/MODEL/STAGE."""
+    if settings.run.output_dir is not None:
+        return Path(settings.run.output_dir)
+    return _default_folder(settings.model, settings.stage.name)
+
+
+def starting_folder(settings: Settings) -> Path | None:
+    """The finished run that this one starts from, or None for fresh backbones.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it never finished.
+    """
+    given = settings.model.init_from
+    if given is None:
+        return None
+    folder = _default_folder(settings.model, "pretrain") if given == "auto" else Path(given)
+    missing = [
+        name for name in ("config.json", "processor_config.json") if not (folder / name).is_file()
+    ]
+    if missing:
+        how = "run scripts/pretrain.sh first" if given == "auto" else "name the folder of one"
+        raise FileNotFoundError(
+            f"model.init_from={given}: {folder} holds no finished run (no {missing[0]}); {how}"
+        )
+    return folder
+
+
+def _default_folder(model: ModelSettings, stage: str) -> Path:
+    suffix = "-baseline" if model.start_layer is None else ""
+    return Path("runs") / f"{model.name}{suffix}" / stage
+
+
+def build(settings: Settings) -> Built:
+    """Build or load model, processor and template.
+
+    Raises:
+        ValueError: settings that contradict the weights, or weights that do not fit.
+        OSError: weights that cannot be found.
+    """
+    folder = starting_folder(settings)
+    if folder is None:
+        model, processor = _from_backbones(settings)
+    else:
+        model, processor = _from_run(settings, folder)
+    processor.image_aspect_ratio = settings.data.image_aspect_ratio
+    processor.image_processor.image_grid_pinpoints = settings.data.image_grid_pinpoints
+    model.config.image_grid_pinpoints = settings.data.image_grid_pinpoints
+    model.set_attn_implementation(settings.model.attention)
+    template = template_of(processor.tokenizer, settings.model.template)
+    mark_template(processor.tokenizer, template)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    renderer = Renderer(processor.tokenizer, template, model.config.image_token_id)
+    model.generation_config.eos_token_id = renderer.end_token_id
+    return Built(model, processor, renderer)
+
+
+def _options(model: ModelSettings) -> dict[str, Any]:
+    """The settings that are fields of the model's configuration."""
+    return {
+        "start_layer": model.start_layer,
+        "side_reduction": model.side_reduction,
+        "proxy_kind": model.proxy_kind,
+        "downsample": model.downsample,
+        "layout": model.layout,
+        "guided_ratio": model.guided_ratio,
+        "vision_feature_layer": model.vision_feature_layer,
+    }
+
+
+def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
+    names = settings.model
+    _check_backbones(names)
+    tokenizer = AutoTokenizer.from_pretrained(names.language)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    model: Any = ProxyVForConditionalGeneration.from_backbones(
+        names.vision,
+        names.language,
+        config_overrides={**_options(names), "image_token_index": image_token_id},
+        dtype=DTYPES[names.dtype],
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_VOCABULARY_MULTIPLE)
+    return model, _processor(settings, tokenizer, model.config)
+
+
+def _check_backbones(model: ModelSettings) -> None:
+    """Refuse a folder that is not there, before the hub takes its name for an id.
+
+    Raises:
+        FileNotFoundError: naming the setting.
+    """
+    for key, name in (("language", model.language), ("vision", model.vision)):
+        local = name.startswith((".", "/", "data/")) or name.count("/") > 1
+        if local and not Path(name).is_dir():
+            raise FileNotFoundError(f"model.{key}: no folder {name!r}")
+
+
+def _processor(settings: Settings, tokenizer: Any, config: Any) -> ProxyVProcessor:
+    crop = config.vision_config.image_size
+    mean, std = _pixel_statistics(settings.model.vision)
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": crop},
+        crop_size={"height": crop, "width": crop},
+        image_grid_pinpoints=settings.data.image_grid_pinpoints,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    return ProxyVProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=tokenizer.chat_template,
+        image_aspect_ratio=settings.data.image_aspect_ratio,
+    )
+
+
+def _pixel_statistics(vision: str) -> tuple[Any, Any]:
+    """Mean and deviation that a tower's pixels are normalised with; CLIP's where it says none."""
+    try:
+        found, _ = LlavaNextImageProcessorPil.get_image_processor_dict(vision)
+    except OSError:
+        found = {}
+    return found.get("image_mean", OPENAI_CLIP_MEAN), found.get("image_std", OPENAI_CLIP_STD)
+
+
+def _from_run(settings: Settings, folder: Path) -> tuple[Any, ProxyVProcessor]:
+    """Load a finished run, strictly."""
+    config = ProxyVConfig.from_pretrained(folder)
+    for key, wanted in _options(settings.model).items():
+        found = getattr(config, key)
+        if found != wanted:
+            raise ValueError(
+                f"model.{key}={wanted} contradicts the run in {folder}, which was trained with "
+                f"{key}={found}; set model.{key}={'null' if found is None else found}, or start "
+                "from another run"
+            )
+    model, info = ProxyVForConditionalGeneration.from_pretrained(
+        folder, dtype=DTYPES[settings.model.dtype], output_loading_info=True
+    )
+    faults = {
+        key: sorted(map(str, info.get(key) or ()))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(faults.values()):
+        named = "; ".join(
+            f"{key.replace('_', ' ')}: {value}" for key, value in faults.items() if value
+        )
+        raise ValueError(f"weights in {folder} do not fit its configuration: {named}")
+    return model, ProxyVProcessor.from_pretrained(folder)
+
+
+def build_on_meta(settings: Settings) -> Any:
+    """Build the model without weights, to count its parameters.
+
+    Raises:
+        OSError: a configuration cannot be found.
+    """
+    names, folder = settings.model, starting_folder_if_any(settings)
+    if folder is not None:
+        config = ProxyVConfig.from_pretrained(folder)
+    else:
+        if names.vision_config is None or names.language_config is None:
+            _check_backbones(names)
+        vision = CLIPVisionConfig.from_pretrained(names.vision_config or names.vision)
+        text = AutoConfig.from_pretrained(names.language_config or names.language)
+        config = ProxyVConfig(
+            vision_config=vision.to_dict(),
+            text_config=text.to_dict(),
+            tie_word_embeddings=text.tie_word_embeddings,
+            **_options(names),
+        )
+    with torch.device("meta"):
+        return ProxyVForConditionalGeneration(config)
+
+
+def starting_folder_if_any(settings: Settings) -> Path | None:
+    """As :func:`starting_folder`, but None while that run has not been made."""
+    try:
+        return starting_folder(settings)
+    except FileNotFoundError:
+        return None
+
+
+def image_pipeline(processor: ProxyVProcessor) -> ImagePipeline:
+    """The processor's way from images to crops, as the dataset wants it."""
+    return ImagePipeline(
+        inputs=processor.image_inputs,
+        count_crops=lambda size_hw: processor.crop_layout(size_hw).num_crops,
+        tokens_per_crop=num_image_tokens(1, processor.side),
+    )

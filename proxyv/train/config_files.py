@@ -1,0 +1,154 @@
+"""Reading settings: YAML files that build on a ``base:``, then ``section.name=value`` overrides.
+
+An unknown key is refused with the nearest known one; a value of the wrong type names its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from proxyv.cli import nearest
+from proxyv.train.settings import Settings, check_settings, walk
+
+__all__ = [
+    "describe_settings",
+    "load_settings",
+    "preset_file",
+    "settings_yaml",
+    "write_atomically",
+]
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def preset_file(preset: str, stage: str) -> Path:
+    """Find ``configs/PRESET/STAGE.yaml``, here or beside the package.
+
+    Raises:
+        ValueError: no such preset, naming the nearest; or the preset lacks the stage.
+    """
+    folders = [folder for folder in (Path("configs"), _REPOSITORY / "configs") if folder.is_dir()]
+    presets = {path.parent.name for folder in folders for path in folder.glob("*/pretrain.yaml")}
+    if preset not in presets:
+        raise ValueError(nearest("preset", preset, presets))
+    for folder in folders:
+        if (folder / preset / f"{stage}.yaml").is_file():
+            return folder / preset / f"{stage}.yaml"
+    raise ValueError(f"preset {preset!r} has no file {stage}.yaml")
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file, what it builds on, and overrides; the last word counts.
+
+    Args:
+        path: the file; its ``base:`` is relative to it.
+        overrides: ``section.name=value``, values as in YAML (``null``, ``1e-4``, ``[1, 2]``).
+
+    Raises:
+        FileNotFoundError: the file, or one that it builds on, does not exist.
+        ValueError: an unknown key, a value of the wrong type, or values that contradict.
+    """
+    merged = OmegaConf.structured(Settings)
+    for source, content in [*_chain(Path(path)), *map(_override, overrides)]:
+        _check_keys(source, content)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(content))
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "a section"
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source}: {key}: {reason}") from error
+    return check_settings(cast(Settings, OmegaConf.to_object(merged)))
+
+
+def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Contents of a file and of what it builds on, the deepest base first."""
+    if not path.is_file():
+        wanted_by = f" (base of {seen[-1]})" if seen else ""
+        raise FileNotFoundError(f"no config file {path}{wanted_by}")
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: its base leads back to itself")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected sections such as 'model:', got {content!r}")
+    base = content.pop("base", None)
+    before = [] if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
+    return [*before, (str(path), cast(dict[str, Any], content))]
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    key, sign, _ = text.partition("=")
+    if not sign or not key:
+        raise ValueError(f"override {text!r}: expected section.name=value, such as optim.lr=4e-5")
+    content = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    return f"override {text!r}", cast(dict[str, Any], content)
+
+
+def _check_keys(source: str, content: Mapping[str, Any]) -> None:
+    known = [key for key, _, _ in walk(Settings())]
+    sections = [item.name for item in fields(Settings)]
+    for section, part in content.items():
+        if section not in sections:
+            leaf = next(iter(part)) if isinstance(part, Mapping) and part else section
+            full = difflib.get_close_matches(
+                f"{section}.{leaf}", known, n=1, cutoff=0.8
+            ) or _by_leaf(str(leaf), known)
+            if full:
+                raise ValueError(
+                    f"{source}: no section {section!r}: did you mean {full[0]!r}? (sections are "
+                    f"{', '.join(sections)})"
+                )
+            raise ValueError(f"{source}: {nearest('section', str(section), sections)}")
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{source}: section {section!r} needs settings, got {part!r}")
+        names = [key for key in known if key.startswith(f"{section}.")]
+        for name in part:
+            if f"{section}.{name}" not in names:
+                raise ValueError(f"{source}: {nearest('setting', f'{section}.{name}', names)}")
+
+
+def _by_leaf(leaf: str, known: Sequence[str]) -> list[str]:
+    """Full keys whose last part looks like ``leaf``."""
+    leaves = {key.partition(".")[2]: key for key in known}
+    return [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+
+
+def settings_yaml(settings: Settings) -> str:
+    """All settings as YAML that :func:`load_settings` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe_settings() -> str:
+    """Every setting with its default and meaning, for ``--help``."""
+    lines = []
+    for section in fields(Settings):
+        kind = section.default_factory
+        assert kind is not MISSING, f"section {section.name} has no default"
+        lines.append(f"\n{section.name}: {(kind.__doc__ or '').splitlines()[0]}")
+        for item in fields(kind()):
+            default = item.default if item.default is not MISSING else "[...]"
+            choices = item.metadata["choices"]
+            allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
+            shown = "null" if default is None else default
+            lines.append(f"  {section.name}.{item.name}={shown}")
+            lines.append(f"      {item.metadata['help']}{allowed}")
+    return "\n".join(lines)

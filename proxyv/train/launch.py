@@ -1,0 +1,59 @@
+"""Starting ranks with torchrun's launcher, and what a rank needs before it trains.
+
+torchrun's own report of a failed rank is a page of traceback; here the rank's one line is all
+that shows, and its exit code passes through.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from proxyv.train.settings import Settings
+
+__all__ = ["launch", "prepare_rank"]
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Run ``python -m proxyv.train`` in so many ranks on this machine.
+
+    Returns:
+        0, or the exit code of the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--module", "proxyv.train"]
+    try:
+        run(parse_args([*options, *arguments]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def prepare_rank(settings: Settings) -> None:
+    """Choose the device, silence what a user cannot act on, and compile nothing on a CPU."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    if settings.deepspeed.config is None:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # DeepSpeed would build a shared-memory collective with a C++ compiler, where gloo serves.
+    # This table is what it asks before it builds an operator.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

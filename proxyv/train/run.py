@@ -1,0 +1,204 @@
+"""One training run on one rank: look at the data, build, freeze, train, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from proxyv.data.collator import Collator, DummyImage
+from proxyv.data.dataset import ConversationDataset, check_rows
+from proxyv.data.sources import Source, open_source
+from proxyv.train.build import Built, build, image_pipeline, output_folder, starting_folder
+from proxyv.train.config_files import settings_yaml, write_atomically
+from proxyv.train.progress import MetricsFile, Progress
+from proxyv.train.settings import Settings
+from proxyv.train.stages import PartCount, apply_stage, count_parts, learning_rates
+from proxyv.train.trainer import (
+    ProxyVTrainer,
+    accumulation_steps,
+    total_steps,
+    training_arguments,
+)
+
+__all__ = ["FINISHED", "open_data", "parts_table", "train"]
+
+FINISHED = "finished.json"
+"""Written last into a run's folder: the run is complete."""
+
+
+def open_data(settings: Settings) -> Source:
+    """Open the rows that the settings name."""
+    data = settings.data
+    return open_source(
+        data.annotations,
+        data.images,
+        max_megapixels=data.max_megapixels,
+        follow_links=data.follow_links,
+    )
+
+
+def check_output(settings: Settings) -> Path:
+    """Say where the run goes.
+
+    Raises:
+        ValueError: a finished run is there and may not be replaced.
+    """
+    folder = output_folder(settings)
+    if (folder / FINISHED).is_file() and not settings.run.overwrite:
+        raise ValueError(
+            f"{folder} holds a finished run: set run.output_dir to another folder, or "
+            "run.overwrite=true to replace it"
+        )
+    return folder
+
+
+def parts_table(parts: list[PartCount], settings: Settings) -> list[str]:
+    """What trains, with parameter counts and learning rates."""
+    rates = learning_rates(settings.optim)
+    lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'lr':>12}"]
+    for part in parts:
+        rate = f"{rates[part.part]:.2e}" if part.trainable else "frozen"
+        lines.append(f"{part.part:<16}{part.total:>16,}{part.trainable:>16,}{rate:>12}")
+    total, trainable = (sum(getattr(p, key) for p in parts) for key in ("total", "trainable"))
+    return [*lines, f"{'all':<16}{total:>16,}{trainable:>16,}"]
+
+
+def train(settings: Settings) -> Path:
+    """Run a stage to its end on this rank; every rank of the group calls it.
+
+    Returns:
+        The run's folder, a complete ``from_pretrained`` folder.
+
+    Raises:
+        ValueError: settings or data that cannot be used.
+        OSError: files that are not there.
+    """
+    began, ranks = time.monotonic(), int(os.environ.get("WORLD_SIZE", "1"))
+    say = print if int(os.environ.get("RANK", "0")) == 0 else (lambda *_, **__: None)
+    folder = check_output(settings)
+    starting_folder(settings)
+    accumulation = accumulation_steps(settings, ranks)
+    source = open_data(settings)
+    set_seed(settings.run.seed)
+    built = build(settings)
+    data = settings.data
+    dataset = ConversationDataset(
+        source, built.renderer, image_pipeline(built.processor), data.max_length, data.limit
+    )
+    report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
+    apply_stage(built.model, settings.stage.name)
+    steps = total_steps(settings, len(dataset), ranks)
+    if data.expected_rows not in (None, len(source)):
+        say(f"note: {len(source):,} rows, where data.expected_rows={data.expected_rows:,}")
+    say(f"stage {settings.stage.name} of {settings.model.name} -> {folder}")
+    say("\n".join([*report.lines(), *parts_table(count_parts(built.model), settings)]))
+    say(
+        f"batch {settings.optim.global_batch} = {ranks} ranks x {settings.optim.micro_batch} rows "
+        f"x {accumulation} accumulated; {steps:,} steps",
+        flush=True,
+    )
+    trainer = _trainer(settings, built, dataset, folder, ranks)
+    if trainer.is_world_process_zero():
+        (folder / FINISHED).unlink(missing_ok=True)
+        write_atomically(folder / "run.yaml", _header() + settings_yaml(settings))
+    result = trainer.train(resume_from_checkpoint=True if settings.run.resume else None)
+    save_run(
+        trainer,
+        built,
+        folder,
+        settings,
+        {
+            "steps": trainer.state.global_step,
+            "rows": len(dataset),
+            "loss": round(float(result.training_loss), 6),
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
+    say(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
+    return folder
+
+
+def _trainer(
+    settings: Settings, built: Built, dataset: ConversationDataset, folder: Path, ranks: int
+) -> ProxyVTrainer:
+    built.model.config.use_cache = False
+    built.model.train()
+    if settings.run.gradient_checkpointing:
+        built.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = ProxyVTrainer(
+        settings,
+        model=built.model,
+        args=training_arguments(settings, folder, len(dataset), ranks),
+        train_dataset=dataset,
+        data_collator=Collator(_pad_token_id(built), _dummy_image(built) if ranks > 1 else None),
+        processing_class=built.processor,
+        callbacks=[Progress(), MetricsFile(folder)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _pad_token_id(built: Built) -> int:
+    """Any id will do, for the mask comes from lengths; the end token where there is no pad."""
+    pad = built.processor.tokenizer.pad_token_id
+    return built.renderer.end_token_id if pad is None else pad
+
+
+def _dummy_image(built: Built) -> DummyImage:
+    processor = built.processor
+    tokens = image_pipeline(processor).tokens_per_crop
+    return DummyImage(built.model.config.image_token_id, tokens, processor.crop_px)
+
+
+def save_run(
+    trainer: ProxyVTrainer, built: Built, folder: Path, settings: Settings, summary: dict[str, Any]
+) -> None:
+    """Save model, processor and tokenizer; ``finished.json`` comes last and marks them complete."""
+    state = trainer.full_state()
+    if trainer.is_world_process_zero():
+        built.model.config.use_cache = True
+        partial = folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        built.model.save_pretrained(partial, state_dict=state)
+        built.processor.save_pretrained(partial)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+        partial.rmdir()
+        summary = {
+            "stage": settings.stage.name,
+            "template": built.renderer.template.name,
+            **summary,
+        }
+        write_atomically(folder / FINISHED, json.dumps(summary, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _header() -> str:
+    """Comment lines that say which code made a run."""
+    here = Path(__file__).resolve().parent
+    git = (
+        subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git")
+        else None
+    )
+    commit = git.stdout.strip() if git is not None and git.returncode == 0 else "unknown"
+    return (
+        f"# commit {commit}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"python {platform.python_version()}\n"
+    )
