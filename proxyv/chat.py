@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--question", help="ask this and end (default: read questions, Ctrl-D ends)")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens")
     add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    add("--attn", default="sdpa", help="sdpa, eager or flash_attention_2 (default: sdpa)")
+    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
     add("--template", default="auto", help="chat template (default: the one saved with the model)")
     return parser

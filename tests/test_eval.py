@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
-from proxyv.cli import CommandError
+from proxyv.cli import CommandError, run_command
+from proxyv.eval.__main__ import main
+from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
-from proxyv.eval.images import image_bytes
+from proxyv.eval.images import image_bytes, image_size_hw, open_image
 from proxyv.eval.plan import make_batches, make_items
 from proxyv.eval.records import read_records, write_json
+from proxyv.eval.report import results_table
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
+from tests.small_model import save_small_model
 
 DOCVQA, CHARTQA = BENCHMARKS["docvqa"], BENCHMARKS["chartqa"]
 
@@ -302,6 +311,7 @@ def test_question_only_shows_no_image(tmp_path: Path) -> None:
     assert answers == ["nothing"] * 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 3))
 def test_derangement_never_meets_its_own_document(owners: list[int], seed: int) -> None:
     keys = [[f"document {owner}"] for owner in owners]
@@ -436,3 +446,200 @@ def test_json_files_are_replaced_in_one_step(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text("utf-8")) == {"a": 1}
+
+
+# ---- with a model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model"), image_aspect_ratio="anyres")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents and charts of different sizes, and so of different numbers of crops."""
+    folder = tmp_path_factory.mktemp("world")
+    documents, charts = document_rows(10), chart_rows(6)
+    for index, row in enumerate([*documents, *charts]):
+        row["image"]["bytes"] = png(8 * index, ((20, 60), (60, 20), (70, 70))[index % 3])
+    save_parquet(folder / "docvqa/validation.parquet", documents)
+    save_parquet(folder / "chartqa/test.parquet", charts)
+    return folder
+
+
+def random_image(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_batched_answers_equal_answers_one_by_one(model_folder: Path) -> None:
+    answerer = Answerer.load(str(model_folder), dtype="float32", device="cpu")
+    pictures = [random_image(40, 80), random_image(30, 30), random_image(100, 20)]
+    questions = ["What?", "What is written at the top?", "How much <|user|> is it?", "Why?", "No"]
+    images: list[list[Image.Image]] = [[pictures[0]], [pictures[1]], [], pictures, [pictures[2]]]
+    together = answerer.answer(questions, images, 12)
+    alone = [
+        answerer.answer([question], [own], 12)[0]
+        for question, own in zip(questions, images, strict=True)
+    ]
+    assert together == alone
+    assert len(set(together)) > 2
+    for question, own in zip(questions, images, strict=True):
+        length = answerer.length(question, [(image.height, image.width) for image in own])
+        inputs = answerer.inputs([[{"role": "user", "content": question}]], [[]])
+        assert length >= inputs["input_ids"].shape[1] + 17 * len(own)
+
+
+def test_rotated_images_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    stream = io.BytesIO()
+    random_image(20, 50).save(stream, "JPEG", exif=exif)
+    assert image_size_hw(stream.getvalue()) == (50, 20)
+    assert open_image(stream.getvalue()).size == (20, 50)
+
+
+def test_command_writes_results_and_resumes(
+    model_folder: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["--model", str(model_folder), "--data", str(world), "--output", str(output)]
+    command += ["--batch-size", "3", "--device", "cpu"]
+    assert main([*command, "--tasks", "docvqa,chartqa"]) == 0
+    shown = capsys.readouterr().out
+    assert "anls" in shown and "relaxed_overall" in shown
+    results = json.loads((output / "results.json").read_text("utf-8"))
+    assert list(results["tasks"]) == ["docvqa", "chartqa"]
+    assert results["prompt_template"] == "tiny"
+    assert results["settings"]["dtype"] == "float32"
+    assert results["config"]["start_layer"] == 1
+    assert {"torch", "transformers", "python"} <= results["versions"].keys()
+    assert results["hardware"]["device"] and results["date"]
+    lines = (output / "docvqa.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 10 and all(json.loads(line)["answer"] for line in lines)
+
+    assert main([*command, "--tasks", "chartqa", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["tasks"]["docvqa"] == results["tasks"]["docvqa"]
+    assert again["tasks"]["chartqa"]["scores"] == results["tasks"]["chartqa"]["scores"]
+
+    other = [*command, "--tasks", "docvqa", "--control", "blank-images"]
+    assert run_command(main, other) == 2
+    assert "holds a run with control None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("control", ["shuffled-images", "blank-images", "question-only"])
+def test_command_runs_every_control(
+    model_folder: Path, world: Path, tmp_path: Path, control: str
+) -> None:
+    command = ["--model", str(model_folder), "--data", str(world), "--output", str(tmp_path)]
+    assert main([*command, "--tasks", "docvqa", "--control", control]) == 0
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert results["settings"]["control"] == control
+
+
+def test_command_reports_bad_samples_in_its_exit_code(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "image": f"{index}.png"} for index, row in enumerate(chart_rows(4))]
+    (tmp_path / "chartqa").mkdir()
+    (tmp_path / "chartqa/rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    for index in (0, 1, 3):
+        (tmp_path / f"chartqa/{index}.png").write_bytes(png(index))
+    command = ["--model", str(model_folder), "--data", str(tmp_path), "--tasks", "chartqa"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert "2.png cannot be read" in shown and "1 samples could not be asked" in shown
+
+
+def test_killed_command_resumes_with_the_same_result(
+    model_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    command = ["--model", str(model_folder), "--data", str(world), "--tasks", "docvqa"]
+    command += ["--batch-size", "1", "--device", "cpu"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*command, "--output", str(whole)]) == 0
+    path = parts / "docvqa.jsonl"
+    run = [sys.executable, "-m", "proxyv.eval", *command, "--output", str(parts)]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.is_file() and path.read_text("utf-8").count("\n") >= 3:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert len(read_records(path)) >= 3
+    assert main([*command, "--output", str(parts)]) == 0
+    by_index = {record["index"]: record for record in read_records(path)}
+    assert by_index == {record["index"]: record for record in read_records(whole / "docvqa.jsonl")}
+    scores = [
+        json.loads((folder / "results.json").read_text("utf-8"))["tasks"]["docvqa"]["scores"]
+        for folder in (whole, parts)
+    ]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder", "--tasks", "docvqa"], "no/such/folder: no such folder"),
+        (["--model", "x", "--tasks", "chartqq"], "did you mean 'chartqa'"),
+        (["--model", "x", "--tasks", "chartqa", "--control", "blank"], "unknown control"),
+        (["--model", "x", "--tasks", "chartqa", "--limit", "0"], "--limit 0"),
+        (["--model", "{model}", "--tasks", "chartqa", "--data", "nowhere"], "no such folder"),
+        (["--model", "{world}", "--tasks", "chartqa", "--data", "{world}"], "no config.json"),
+        (
+            ["--model", "{model}", "--tasks", "chartqa", "--data", "{world}", "--dtype", "fp32"],
+            "did you mean 'float32'",
+        ),
+        (
+            ["--model", "{model}", "--tasks", "chartqa", "--data", "{world}", "--device", "gpu"],
+            "--device gpu: unknown",
+        ),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(
+    model_folder: Path,
+    world: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    filled = [part.format(model=model_folder, world=world) for part in arguments]
+    assert run_command(main, filled) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[-1].startswith("error: ") and message in shown[-1]
+    assert not any("Traceback" in line for line in shown)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "start_layer": 0}))
+    with pytest.raises(CommandError, match=r"missing keys, among them .*layers\.0\."):
+        Answerer.load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "start_layer": None}))
+    with pytest.raises(CommandError, match="unexpected keys"):
+        Answerer.load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"not weights at all")
+    with pytest.raises(CommandError, match="damaged weights"):
+        Answerer.load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(CommandError, match="a model of type 'clip'"):
+        Answerer.load(str(tmp_path))
+
+
+def test_the_table_fits_eighty_columns() -> None:
+    entry = {"value": 0.5, "interval": [0.4, 0.6], "samples": 12345}
+    names = ("relaxed_overall", "relaxed_human_split", "relaxed_augmented_split")
+    task = {"scores": dict.fromkeys(names, entry), "failed": 12}
+    results = {"model": "m", "settings": {"control": None}, "tasks": {"chartqa": task}}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    text = console.export_text()
+    assert "…" not in text
+    for part in (*names, "chartqa", "0.4000 .. 0.6000", "12345", "failed"):
+        assert part in text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyv.eval.benchmarks import BENCHMARKS
@@ -81,6 +81,7 @@ def test_anls_without_references_is_an_error() -> None:
         anls("a", [])
 
 
+@settings(deadline=None)
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3))
 def test_anls_range_and_order_of_references(prediction: str, references: list[str]) -> None:
     score = anls(prediction, references)

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--control", help=f"change the images: {', '.join(CONTROLS)}")
     add("--seed", type=int, default=0, help="seed of the shuffled images (default: 0)")
     add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    add("--attn", default="sdpa", help="sdpa, eager or flash_attention_2 (default: sdpa)")
+    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
     add("--template", default="auto", help="chat template (default: the one saved with the model)")
     add("--overwrite", action="store_true", help="start again, discard results in the folder")

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig
 
+from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, Renderer
 from proxyv.eval.hub import hub_reachable
@@ -18,7 +21,7 @@ from proxyv.model.processing import num_image_tokens
 __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
+ATTENTION = ("sdpa", "eager")
 
 
 def user_message(question: str, num_images: int) -> dict[str, str]:
@@ -66,19 +69,34 @@ class Answerer:
         Raises:
             CommandError: no such folder, or an option that does not exist.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _device(device)
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
         if dtype not in DTYPES:
             raise CommandError(nearest("dtype", dtype, DTYPES))
         if attention not in ATTENTION:
             raise CommandError(nearest("attention", attention, ATTENTION))
         check_model_name(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=DTYPES[dtype], attn_implementation=attention
-        )
-        return cls(model.to(place), AutoProcessor.from_pretrained(name), template)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != ProxyVConfig.model_type:
+            raise CommandError(
+                f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}"
+            )
+        try:
+            model, report = ProxyVForConditionalGeneration.from_pretrained(
+                name,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise CommandError(f"--model {name}: damaged weights ({error})") from error
+        for what in ("missing_keys", "unexpected_keys"):
+            if report[what]:
+                raise CommandError(
+                    f"--model {name}: the weights do not fit config.json, {len(report[what])} "
+                    f"{what.replace('_', ' ')}, among them {min(report[what])}"
+                )
+        return cls(model.to(place), ProxyVProcessor.from_pretrained(name), template)
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +147,7 @@ class Answerer:
         Returns:
             One text for each conversation, without special tokens and outer white space.
         """
-        inputs = self._inputs(conversations, images)
+        inputs = self.inputs(conversations, images)
         tokenizer = self.processor.tokenizer
         generated = self.model.generate(
             **inputs,
@@ -143,7 +161,7 @@ class Answerer:
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _inputs(
+    def inputs(
         self,
         conversations: Sequence[Iterable[Mapping[str, str]]],
         images: Sequence[Sequence[Image.Image]],
@@ -177,6 +195,20 @@ class Answerer:
         known = configured if isinstance(configured, list) else [configured]
         ends = {self.renderer.end_token_id, *(token for token in known if token is not None)}
         return sorted(ends)
+
+
+def _device(name: str | None) -> torch.device:
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: unknown, use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs here, use cpu"
+            + (" or cuda" if gpu else "")
+        )
+    return device
 
 
 def check_model_name(name: str) -> None:

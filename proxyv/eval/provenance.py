@@ -30,8 +30,10 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of this code, with ``+changes`` where files differ; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    file = Path(__file__).resolve()
+    folder = file.parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", file.name)  # not inside someone else's checkout
         commit = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):

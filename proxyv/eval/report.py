@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 __all__ = ["bootstrap_interval", "results_table"]
@@ -40,7 +41,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """The table of one run, from the content of its ``results.json``; scores are 0 to 1."""
     control = results["settings"]["control"]
     title = f"{results['model']}" + (f", control: {control}" if control else "")
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     for heading in ("task", "score", "value", "95 % interval", "samples", "failed"):
         numeric = heading not in ("task", "score")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)

@@ -124,11 +124,7 @@ def _from_folder(benchmark: Benchmark, data: Path) -> Rows:
         return Rows(_saved_table(benchmark, folder), str(folder), folder)
     parquet = _parquet_files(benchmark, folder)
     if parquet:
-        from datasets import load_dataset
-
-        files = [str(path) for path in parquet]
-        table = load_dataset("parquet", data_files=files, split="train")
-        return Rows(_undecoded(table), str(folder), folder)
+        return Rows(_parquet_table(benchmark, parquet), str(folder), folder)
     lists = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
     if len(lists) == 1:
         return Rows(_json_rows(lists[0]), str(lists[0]), folder)
@@ -151,6 +147,19 @@ def _saved_table(benchmark: Benchmark, folder: Path) -> Any:
             )
         saved = saved[benchmark.split]
     return _undecoded(saved)
+
+
+def _parquet_table(benchmark: Benchmark, files: Sequence[Path]) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
+        names = ", ".join(map(str, files))
+        reason = error.__cause__ or error
+        raise CommandError(f"{benchmark.name}: {names} cannot be read ({reason})") from error
+    return _undecoded(table)
 
 
 def _parquet_files(benchmark: Benchmark, folder: Path) -> list[Path]:
