@@ -19,11 +19,11 @@ from torch import Tensor
 
 @dataclass
 class Token:
-    """One row: "full", "proxy", "newline" or "text", its position, and its rank if natural."""
+    """One row: "full", "proxy", "newline" or "text", its position, and a proxy's image."""
 
     kind: str
     position: int
-    row: int = -1
+    image: int = -1
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,18 +74,18 @@ def lay_out(ids: list[int], crops: list[int], config: Any) -> tuple[list[Token],
     image, column = 0, 0
     while column < len(ids):
         if ids[column] != config.image_token_index:
-            tokens.append(Token("text", column, column))
+            tokens.append(Token("text", column))
             column += 1
             continue
         starts.append(column)
         for crop in range(crops[image]):
             for _ in range(side * side):
-                tokens.append(Token("full", column, column))
+                tokens.append(Token("full", column))
                 column += 1
             position = column
             if config.layout == "released" and crop > 0:
                 position -= side * side + 1
-            tokens.append(Token("newline", position, column))
+            tokens.append(Token("newline", position))
             column += 1
         image += 1
     return tokens, starts
@@ -97,10 +97,20 @@ class Oracle:
     Args:
         weights: ``dict(model.named_parameters())`` or a state dict.
         config: a ``ProxyVConfig``.
+        isolate_images: proxies do not see those of other images, as when every image comes in a
+            turn of its own on a cache.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], config: Any) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], config: Any, isolate_images: bool = False
+    ) -> None:
         self.weights, self.config, self.text = weights, config, config.text_config
+        self.isolate_images = isolate_images
+
+    def sees(self, query: Token, key: Token) -> bool:
+        if self.isolate_images and query.kind == key.kind == "proxy" and query.image != key.image:
+            return False
+        return sees(query, key)
 
     def layer(self, index: int, name: str) -> Tensor:
         return self.weights[f"model.language_model.layers.{index}.{name}.weight"]
@@ -221,8 +231,8 @@ class Oracle:
         others = [i for i, token in enumerate(tokens) if token.kind != "full"]
         per_crop = (side // self.config.side_reduction) ** 2
         proxy_tokens = [
-            Token("proxy", first + number)
-            for first, image in zip(starts, features, strict=True)
+            Token("proxy", first + number, which)
+            for which, (first, image) in enumerate(zip(starts, features, strict=True))
             for number in range(len(image) * per_crop)
         ]
         proxies = self.make_proxies(x[is_full], side)
@@ -230,7 +240,7 @@ class Oracle:
             everything = torch.cat([x, proxies])
             all_tokens = [*tokens, *proxy_tokens]
             queries = [*others, *range(len(x), len(everything))]
-            out = self.attend(index, everything, queries, all_tokens, sees)
+            out = self.attend(index, everything, queries, all_tokens, self.sees)
             proxies = out[len(others) :]
             full = self.guided_update(index, x[is_full], proxies, side)
             order = torch.tensor([*others, *is_full]).argsort()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tiny_models import tiny_config
 from transformers import AutoConfig
 
 from proxyv import ProxyVConfig
-from tiny_models import tiny_config
 
 
 def test_defaults_are_a_baseline_with_the_papers_reduction() -> None:

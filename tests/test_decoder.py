@@ -144,7 +144,7 @@ def test_every_layer_is_built_once_and_knows_its_place() -> None:
 def test_an_unknown_family_is_named_with_the_known_ones() -> None:
     config = LlamaConfig()
     config.model_type = "mamba"
-    with pytest.raises(ValueError, match="'mamba' .* llama"):
+    with pytest.raises(ValueError, match=r"'mamba' .* llama"):
         build_language_model(config, DecoderOptions(None, 2, "bilinear", 16, False))
 
 

@@ -20,10 +20,12 @@ batches = st.lists(rows, min_size=1, max_size=4)
 
 def masks(batch: list[list[int | str]], side: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Image mask, real mask and crops of a batch."""
-    lines = [
-        [flag for part in row for flag in ([True] * int(part) * PER_CROP if isinstance(part, str) else [False] * part)]
-        for row in batch
-    ]  # fmt: skip
+    lines = []
+    for row in batch:
+        lines.append([])
+        for part in row:
+            is_image = isinstance(part, str)
+            lines[-1] += [is_image] * (int(part) * PER_CROP if is_image else part)
     length = max(map(len, lines))
     image = torch.zeros(len(lines), length, dtype=torch.bool)
     real = torch.zeros_like(image)
@@ -65,7 +67,7 @@ def test_streams_cover_every_real_row_once_and_join_back(batch, side, released) 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(batches, st.booleans())
 def test_positions(batch, released) -> None:
-    layout, real = lay_out(batch, "right", released)
+    layout, _real = lay_out(batch, "right", released)
     slots, anchor = layout.slots, layout.proxy_anchor
     for row, parts in enumerate(batch):
         column, first_proxy = 0, 0

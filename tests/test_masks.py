@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend, visible
 from oracle import Token, sees
 from test_layout import PER_CROP, REDUCE, SIDE, batches, lay_out
+
+from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend, visible
 
 
 def kinds(parts: list[int | str], released: bool) -> list[Token]:

@@ -32,9 +32,9 @@ def test_the_block_of_each_proxy() -> None:
 
 
 def test_shapes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="side_reduction=3 .* 4 patches"):
+    with pytest.raises(ValueError, match=r"side_reduction=3 .* 4 patches"):
         make_spatial_proxies(torch.zeros(1, 16, 2), 4, 3, "bilinear")
-    with pytest.raises(ValueError, match="17 full tokens .* 4 x 4"):
+    with pytest.raises(ValueError, match=r"17 full tokens .* 4 x 4"):
         make_spatial_proxies(torch.zeros(1, 17, 2), 4, 2, "bilinear")
 
 

@@ -1,0 +1,416 @@
+"""The whole model against the slow oracle, in batches, with padding, cached, saved, generating."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Oracle, image_features
+from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from proxyv import ProxyVForConditionalGeneration
+from proxyv.model.modeling import parameter_part
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def oracle_logits(model, ids, images, weights=None, isolate_images=False):
+    """Logits (S, vocabulary) of one unpadded sample; NaN for full rows of ProxyV models."""
+    weights = dict(model.named_parameters()) if weights is None else weights
+    tower = model.model.vision_tower
+    features = [image_features(weights, tower, model.config, image) for image in images]
+    oracle = Oracle(weights, model.config, isolate_images=isolate_images)
+    return oracle(ids.tolist(), features)[0]
+
+
+def assert_rows_match(logits, expected) -> None:
+    known = ~expected.isnan().any(-1)
+    torch.testing.assert_close(logits[known], expected[known], **CLOSE)
+
+
+rows = st.lists(
+    st.one_of(st.integers(1, 4), st.integers(1, 3).map(str)), min_size=1, max_size=4
+).filter(lambda parts: any(isinstance(part, int) for part in parts))
+options = st.fixed_dictionaries(
+    {
+        "start_layer": st.sampled_from([None, 0, 1, 2]),
+        "side_reduction": st.sampled_from([1, 2, 4]),
+        "downsample": st.sampled_from(["bilinear", "average"]),
+        "layout": st.sampled_from(["natural", "released"]),
+        "guided_ratio": st.sampled_from([None, 0.25]),
+        "attention": st.sampled_from(["eager", "sdpa"]),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(rows, min_size=1, max_size=3), st.sampled_from(["left", "right"]), options)
+def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) -> None:
+    model = tiny_model(text={"num_hidden_layers": 3}, **chosen)
+    generator = torch.Generator().manual_seed(chosen["seed"])
+    samples = [sample(parts, model.config, generator) for parts in batch]
+    inputs = collate(samples, side)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        cached = model(**inputs, use_cache=True).logits
+    torch.testing.assert_close(cached, logits, **CLOSE)
+    for row, (ids, images) in enumerate(samples):
+        with torch.no_grad():
+            expected = oracle_logits(model, ids, images)
+        assert_rows_match(logits[row][inputs["attention_mask"][row].bool()], expected)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [["1"], ["2", "1"], ["1", 3], [3, "1"], [2, "1", "2", 2, "1", 1], [1, "5", 1]],
+    ids=["only", "adjacent", "first", "last", "three", "many"],
+)
+@pytest.mark.parametrize("layout", ["natural", "released"])
+def test_where_images_stand(parts, layout, generator) -> None:
+    model = tiny_model(layout=layout, start_layer=1)
+    ids, images = sample(parts, model.config, generator)
+    with torch.no_grad():
+        logits = model(**collate([(ids, images)])).logits[0]
+        assert_rows_match(logits, oracle_logits(model, ids, images))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", ["natural", "released"])
+def test_loss_and_gradients_equal_the_oracles(attention, layout, generator) -> None:
+    model = tiny_model(attention=attention, layout=layout, start_layer=1).double().train()
+    samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4])]
+    inputs = collate(samples)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    labels = inputs["input_ids"].masked_fill(
+        (inputs["input_ids"] == IMAGE_TOKEN) | (inputs["attention_mask"] == 0), -100
+    )
+    outputs = model(**inputs, labels=labels)
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    losses = []
+    for ids, images in samples:
+        logits = oracle_logits(model, ids, [image.double() for image in images])
+        targets = ids[1:].masked_fill(ids[1:] == IMAGE_TOKEN, -100)
+        known = targets != -100
+        losses.append(cross_entropy(logits[:-1][known], targets[known], reduction="none"))
+    expected = torch.cat(losses).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(outputs.loss, expected.float(), atol=1e-5, rtol=0)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    theirs = torch.autograd.grad(expected, list(named.values()), allow_unused=True)
+    for name, mine, other in zip(named, ours, theirs, strict=True):
+        if other is None:
+            assert mine is None or mine.abs().max() == 0, name
+        else:
+            torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_num_items_in_batch_divides_the_summed_loss(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 5], model.config, generator)])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    with torch.no_grad():
+        mean = model(**inputs, labels=labels).loss
+        shared = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(24)).loss
+    torch.testing.assert_close(shared, mean * 6 / 24)  # one of 7 texts has no row before it
+
+
+def test_decoding_with_the_cache_equals_one_pass(generator) -> None:
+    for layout in ("natural", "released"):
+        model = tiny_model(start_layer=1, layout=layout)
+        samples = [sample(parts, model.config, generator) for parts in ([2, "2", 6], [1, "1", 9])]
+        inputs = collate(samples, "left")
+        with torch.no_grad():
+            whole = model(**inputs).logits
+            head = {**inputs, "input_ids": inputs["input_ids"][:, :-4]}
+            head["attention_mask"] = inputs["attention_mask"][:, :-4]
+            cache = model(**head, use_cache=True).past_key_values
+            length = inputs["input_ids"].shape[1]
+            for column in range(length - 4, length):
+                step = model(
+                    input_ids=inputs["input_ids"][:, column : column + 1],
+                    attention_mask=inputs["attention_mask"][:, : column + 1],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                torch.testing.assert_close(step.logits[:, 0], whole[:, column], **CLOSE)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generation_equals_step_by_step_recomputation(attention, cache, generator) -> None:
+    model = tiny_model(attention=attention, start_layer=1)
+    samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [4], [1, "1", 2])]
+    inputs = collate(samples, "left")
+    length = inputs["input_ids"].shape[1]
+    chosen = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    got = model.generate(**inputs, **chosen, cache_implementation=cache)[:, length:]
+    recomputed = model.generate(**inputs, **chosen, use_cache=False)[:, length:]
+    assert got.tolist() == recomputed.tolist()
+    for row, one in enumerate(samples):
+        alone = collate([one])
+        single = model.generate(**alone, **chosen)[:, alone["input_ids"].shape[1] :]
+        assert single[0].tolist() == got[row].tolist()
+
+
+def test_beams_keep_the_images_of_a_row_together(generator) -> None:
+    model = tiny_model(start_layer=1)
+    samples = [sample(parts, model.config, generator) for parts in (["1", 1, "2", 2], [3, "1", 1])]
+    inputs = collate(samples, "left")
+    length = inputs["input_ids"].shape[1]
+    chosen = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    together = model.generate(**inputs, **chosen)[:, length:]
+    for row, one in enumerate(samples):
+        alone = collate([one])
+        single = model.generate(**alone, **chosen)[:, alone["input_ids"].shape[1] :]
+        assert single[0].tolist() == together[row].tolist()
+
+
+def test_the_image_token_is_never_generated(generator) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE_TOKEN] = 100 * model.lm_head.weight[IMAGE_TOKEN].abs()
+    inputs = collate([sample([2, "1", 2], model.config, generator)])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every logit equal, then the image token is pushed up
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(60))
+        model.lm_head.bias[IMAGE_TOKEN] = 50.0
+        assert int(model(**inputs).logits[0, -1].argmax()) == IMAGE_TOKEN
+    length = inputs["input_ids"].shape[1]
+    for chosen in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}):
+        new = model.generate(**inputs, max_new_tokens=6, **chosen)[:, length:]
+        assert IMAGE_TOKEN not in new
+
+
+def test_a_second_turn_on_the_cache_equals_one_pass(generator) -> None:
+    """Text after an image, then another image: its proxies see no earlier proxy."""
+    for layout in ("natural", "released"):
+        model = tiny_model(start_layer=1, layout=layout)
+        ids, images = sample([2, "2", 3, "1", 4], model.config, generator)
+        first = collate([(ids[:39], images[:1])])
+        second = collate([(ids[39:], images[1:])])
+        with torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+            second["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
+            logits = model(**second, past_key_values=cache, use_cache=True).logits[0]
+            expected = oracle_logits(model, ids, images, isolate_images=True)[39:]
+        assert cache.get_seq_length() == len(ids)
+        assert_rows_match(logits, expected)
+
+
+def test_a_cache_of_another_batch_is_refused(generator) -> None:
+    model = tiny_model()
+    one = collate([sample([2, "1", 1], model.config, generator)])
+    cache = model(**one, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    two = collate([sample(["1", 1], model.config, generator)] * 2)
+    two["attention_mask"] = torch.ones(2, 20 + 18, dtype=torch.long)
+    with pytest.raises(ValueError, match="batch of 1, now the batch is 2"):
+        model(**two, past_key_values=cache)
+
+
+def test_text_only_batches(generator) -> None:
+    model = tiny_model(start_layer=0)
+    samples = [sample([n], model.config, generator) for n in (5, 3)]
+    inputs = collate(samples)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        empty = torch.zeros(0, 1, 3, 16, 16)
+        same = model(**inputs, pixel_values=empty).logits
+    assert torch.equal(logits, same)
+    for row, (ids, _) in enumerate(samples):
+        with torch.no_grad():
+            assert_rows_match(logits[row, : len(ids)], oracle_logits(model, ids, []))
+
+
+def test_inputs_embeds_in_place_of_ids(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        torch.testing.assert_close(model(**inputs, inputs_embeds=embeds).logits, logits)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+def test_one_crop_may_come_without_a_crop_dimension(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        del inputs["num_crops"]
+        inputs["pixel_values"] = inputs["pixel_values"][:, 0]
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_logits_to_keep(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+        chosen = model(**inputs, logits_to_keep=torch.tensor([0, 20])).logits
+        torch.testing.assert_close(chosen, logits[:, [0, 20]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_crops": torch.tensor([3])}, ["num_crops=[3]", "at most 2 crops"]),
+        ({"num_crops": torch.tensor([0])}, ["num_crops=[0]", "from 1 to 2"]),
+        ({"num_crops": torch.tensor([1])}, ["17 image tokens more", "1 images"]),
+        ({"pixel_values": None, "num_crops": None}, ["34 image tokens", "no pixel_values"]),
+        ({"pixel_values": torch.zeros(3, 16, 16)}, ["pixel_values has shape (3, 16, 16)"]),
+        ({"attention_mask": torch.ones(1, 4, 4)}, ["3 dimensions"]),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, words, generator) -> None:
+    model = tiny_model()
+    inputs = {**collate([sample([2, "2", 3], model.config, generator)]), **change}
+    with pytest.raises(ValueError) as error:
+        model(**inputs)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_saving_and_loading_by_the_auto_class(tmp_path, generator) -> None:
+    model = tiny_model(start_layer=1)
+    inputs = collate([sample([2, "2", 3], model.config, generator)])
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, ProxyVForConditionalGeneration)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    frozen = [n for n, p in loaded.named_parameters() if not p.requires_grad]
+    assert frozen == [n for n, p in model.named_parameters() if not p.requires_grad] != []
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_missing_weights_are_drawn_as_new_ones(tmp_path) -> None:
+    """A baseline folder loaded with a start layer: only the guided updates are new."""
+    model = tiny_model(start_layer=None)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded, report = ProxyVForConditionalGeneration.from_pretrained(
+        tmp_path, start_layer=1, output_loading_info=True
+    )
+    assert report["missing_keys"] and all("guided_update" in n for n in report["missing_keys"])
+    for name, parameter in loaded.named_parameters():
+        if name not in report["missing_keys"]:
+            assert torch.equal(parameter, model.get_parameter(name))
+    assert_new_modules_are_drawn_as_the_authors(loaded, guided_only=True)
+
+
+def assert_new_modules_are_drawn_as_the_authors(model, guided_only=False) -> None:
+    """Uniform within 1 / sqrt(fan_in); norms one; the newline normal with 1 / sqrt(width)."""
+    config = model.config
+    width, hidden = config.text_config.hidden_size, config.guided_width
+    fan_in = {
+        "input_proj": width,
+        "context_proj": width,
+        "merge_input": 2 * hidden,
+        "merge_context": 2 * hidden,
+        "output_proj": hidden,
+        "linear_1": config.vision_config.hidden_size,
+        "linear_2": width,
+    }
+    for name, parameter in model.named_parameters():
+        part = parameter_part(name)
+        if part == "newline" and not guided_only:
+            assert 0.6 < float(parameter.detach().std()) * width**0.5 < 1.4
+        if part != "proxyv" and (guided_only or part != "projector"):
+            continue
+        kind = name.split(".")[-2]
+        if kind == "norm":
+            assert (parameter == 1).all()
+            continue
+        bound = fan_in[kind] ** -0.5
+        assert float(parameter.detach().abs().max()) <= bound, name
+        assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.2), name
+
+
+@pytest.fixture
+def backbones(tmp_path):
+    torch.manual_seed(3)
+    tiny = tiny_config()
+    CLIPVisionModel(CLIPVisionConfig(**tiny.vision_config.to_dict())).save_pretrained(
+        tmp_path / "vision"
+    )
+    language = LlamaForCausalLM(LlamaConfig(**tiny.text_config.to_dict()))
+    language.to(torch.bfloat16).save_pretrained(tmp_path / "language")
+    return tmp_path / "vision", tmp_path / "language"
+
+
+def test_from_backbones(backbones) -> None:
+    vision, language = backbones
+    overrides = {"start_layer": 1, "side_reduction": 2, "image_token_index": IMAGE_TOKEN}
+    build = ProxyVForConditionalGeneration.from_backbones
+    torch.manual_seed(5)
+    model = build(vision, language, config_overrides=overrides)
+    torch.manual_seed(5)
+    again = build(vision, language, config_overrides=overrides)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    stock = LlamaForCausalLM.from_pretrained(language, dtype=torch.float32)
+    tower = CLIPVisionModel.from_pretrained(vision)
+    assert torch.equal(model.lm_head.weight, stock.lm_head.weight)
+    ids = torch.randint(0, 50, (2, 9))
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+        ours = model.model.vision_tower(pixels).last_hidden_state
+        assert torch.equal(ours, tower(pixels).last_hidden_state)
+    assert model.generation_config.eos_token_id == stock.generation_config.eos_token_id
+    assert [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert_new_modules_are_drawn_as_the_authors(model)
+    with pytest.raises(ValueError, match="start_layer=9"):
+        build(vision, language, config_overrides={"start_layer": 9})
+
+
+def test_building_from_a_configuration_draws_the_same_distributions() -> None:
+    torch.manual_seed(0)
+    model = ProxyVForConditionalGeneration(tiny_config(start_layer=1))
+    assert_new_modules_are_drawn_as_the_authors(model)
+
+
+def test_bfloat16_stays_near_float32(generator) -> None:
+    model = tiny_model(start_layer=1, spread=0.05)
+    inputs = collate([sample([2, "2", 3], model.config, generator)], "left")
+    with torch.no_grad():
+        exact = model(**inputs).logits
+        half = model.to(torch.bfloat16)(**inputs).logits
+    assert half.dtype == torch.bfloat16
+    rows = [0, 1, 18, 35, 36, 37, 38]
+    assert float((half.float() - exact)[:, rows].abs().max()) < 2e-2
+
+
+def test_every_parameter_belongs_to_one_part() -> None:
+    model = tiny_model()
+    parts = {parameter_part(name) for name, _ in model.named_parameters()}
+    assert parts == {"vision_tower", "projector", "newline", "proxyv", "language_model", "lm_head"}
+    assert parameter_part("module.model.image_newline") == "newline"
+    with pytest.raises(ValueError, match=r"'somewhere.weight'"):
+        parameter_part("somewhere.weight")
+
+
+def test_a_cache_object_can_be_handed_in(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        outputs = model(**inputs, past_key_values=cache)
+    assert outputs.past_key_values is cache and cache.get_seq_length() == 22
