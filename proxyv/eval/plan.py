@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,7 +70,7 @@ def make_record(
         the model gave it), ``score``, ``kind``, ``document``, ``image_index`` (row whose image was
         shown) and ``error``.
     """
-    row = rows[index]
+    row = rows.text(index)
     references = [] if sample is None else list(sample.references)
     return {
         "index": index,
@@ -90,7 +90,7 @@ def make_record(
 def make_items(
     benchmark: Benchmark,
     rows: Rows,
-    indices: Sequence[int],
+    indices: Iterable[int],
     answering: Answering,
     control: str | None = None,
     seed: int = 0,
@@ -105,12 +105,13 @@ def make_items(
     owners: dict[int, list[str]] = {}
     failures: list[Record] = []
     for index in indices:
-        row, sample = rows[index], None
+        sample = None
         try:
-            sample = benchmark.sample(index, row)
+            sample = benchmark.sample(index, rows.text(index))
             if control != "question-only":
-                content = image_bytes(row["image"], rows.folder)
+                content = image_bytes(rows[index]["image"], rows.folder)
                 sizes[index] = image_size_hw(content)
+            if control == "shuffled-images":
                 owners[index] = ["image " + hashlib.sha256(content).hexdigest()]
                 if sample.document is not None:
                     owners[index].append("document " + sample.document)

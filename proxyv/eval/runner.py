@@ -22,6 +22,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from proxyv.cli import CommandError
@@ -102,7 +103,10 @@ def evaluate(
     started = time.monotonic()
     indices = range(len(rows) if options.limit is None else min(options.limit, len(rows)))
     _warn_of_limit(benchmark, rows, indices, warn)
-    items, failures = make_items(benchmark, rows, indices, answering, options.control, options.seed)
+    reading = track(
+        indices, f"{benchmark.name}: reading", console=Console(stderr=True), transient=True
+    )
+    items, failures = make_items(benchmark, rows, reading, answering, options.control, options.seed)
     path = output / f"{benchmark.name}.jsonl"
     done = _usable_records(path, {item.index: item for item in items})
     if done:
@@ -128,8 +132,8 @@ def _warn_of_limit(
 ) -> None:
     if len(indices) == len(rows):
         return
-    chosen = {benchmark.kind(rows[index]) for index in indices}
-    every = {benchmark.kind(rows[index]) for index in range(len(rows))}
+    chosen = {benchmark.kind(rows.text(index)) for index in indices}
+    every = {benchmark.kind(rows.text(index)) for index in range(len(rows))}
     if every != chosen:
         lost = ", ".join(sorted(map(str, every - chosen)))
         warn(

@@ -12,6 +12,7 @@ Images stay undecoded in the rows, so that one corrupt image costs one sample an
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,17 @@ class Rows:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """One row, its image still encoded."""
         return self.table[index]
+
+    def text(self, index: int) -> Mapping[str, Any]:
+        """One row without its image, which need not be read then."""
+        return self._texts[index]
+
+    @functools.cached_property
+    def _texts(self) -> Sequence[Mapping[str, Any]]:
+        remove = getattr(self.table, "remove_columns", None)
+        return self.table if remove is None else remove(["image"])
 
 
 def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
