@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from proxyv.data.templates import IGNORE_INDEX, IMAGE_MARK, Rendered, Renderer, Turn
 from proxyv.synthetic.page import Page
 from proxyv.synthetic.world import READ_PROMPT, Mix, prompt_suffix
 from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
@@ -35,7 +36,7 @@ from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
-IGNORE = -100
+PAGE_TOKENS = 145  # 12 x 12 patches and the newline
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
@@ -80,6 +81,7 @@ class GridReader(Trainee):
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.tokenizer = build_tokenizer()
+        self.renderer = Renderer(self.tokenizer, "tiny")
         config = language_config(len(self.tokenizer))
         self.language = LlamaForCausalLM(config)
         width = config.hidden_size
@@ -102,19 +104,17 @@ class GridReader(Trainee):
         picked = [page.questions[int(index)] for index in order]
         return [(question.text + suffix, question.answers[0]) for question in picked]
 
-    def _tokens(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Ids behind the page and their labels; the answers and their end are supervised."""
-        name = self.tokenizer.convert_tokens_to_ids
-        ids, labels = [], []
-        for index, (question, answer) in enumerate(turns):
-            head = [] if index == 0 else [name("<|user|>")]
-            text = ("\n" if index == 0 else "") + question
-            asked = head + self.tokenizer.encode(text, add_special_tokens=False)
-            asked += [name("<|assistant|>")]
-            said = [*self.tokenizer.encode(answer, add_special_tokens=False), name("</s>")]
-            ids += asked + said
-            labels += [IGNORE] * len(asked) + said
-        return ids, labels
+    def _tokens(self, turns: list[tuple[str, str]]) -> Rendered:
+        """Ids and labels of a conversation about one page, image tokens included."""
+        messages = [
+            Turn(role, text)
+            for index, (question, answer) in enumerate(turns)
+            for role, text in (
+                ("user", question if index else f"{IMAGE_MARK}\n{question}"),
+                ("assistant", answer),
+            )
+        ]
+        return self.renderer.render(messages, [PAGE_TOKENS])
 
     def embed_page(self, slots: Tensor, images: Tensor) -> Tensor:
         """(B, N, SLOTS) classes and (B, 3, H, W) pixels to (B, N + 1, width), newline last."""
@@ -125,19 +125,20 @@ class GridReader(Trainee):
         return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
 
     def logits(self, slots: Tensor, images: Tensor, ids: Tensor) -> Tensor:
-        """Logits of the text behind each page, (B, T, V): row i predicts token i."""
-        B = len(ids)
-        table = self.language.get_input_embeddings()
-        head = table(torch.tensor([[1, 5]])).expand(B, -1, -1)  # <s> <|user|>
-        parts = [head, self.embed_page(slots, images), table(ids)]
-        hidden = self.language.model(inputs_embeds=torch.cat(parts, dim=1), use_cache=False)
-        text = hidden.last_hidden_state[:, -ids.shape[1] - 1 : -1]
-        return self.language.lm_head(text)
+        """Logits (B, S, V) of conversations whose image tokens are replaced by their page."""
+        embeds = self.language.get_input_embeddings()(ids)
+        is_page = (ids == self.renderer.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(is_page, self.embed_page(slots, images).to(embeds.dtype))
+        return self.language(inputs_embeds=embeds, use_cache=False).logits
 
-    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in rows])
-        labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
+    def _pad(self, rows: list[Rendered]) -> tuple[Tensor, Tensor]:
+        """Stack rows to ids (B, S) and labels (B, S), row i the label of what follows token i."""
+        longest = max(len(row.input_ids) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels = torch.full((len(rows), longest), IGNORE_INDEX)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            labels[index, : len(row.labels) - 1] = torch.tensor(row.labels[1:])
         return ids, labels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -151,8 +152,10 @@ class GridReader(Trainee):
         ids, labels = self._pad([self._tokens(self._conversation(p, rng)) for p in pages])
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.logits(torch.from_numpy(slots), to_tensor(pixels), ids)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
-        said = labels != IGNORE
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        said = labels != IGNORE_INDEX
         right = (logits.argmax(-1) == labels)[said].float().mean().item()
         return loss, {"right": right}
 
@@ -166,7 +169,7 @@ class GridReader(Trainee):
                 slots = torch.from_numpy(patch_targets(glyphs, (12, 12), 14))[None]
                 ids, labels = self._pad([self._tokens(turns)])
                 logits = self.logits(slots, to_tensor(image[None]), ids)
-                said = labels[0] != IGNORE
+                said = labels[0] != IGNORE_INDEX
                 good = (logits.argmax(-1) == labels)[0]
                 hits, total = hits + int(good[said].sum()), total + int(said.sum())
                 ends = torch.nonzero(labels[0] == 2).flatten().tolist()
