@@ -6,7 +6,7 @@ stays the stock configuration of the language model's family.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
 
@@ -43,6 +43,9 @@ class ProxyVConfig(LlavaNextConfig):
     """
 
     model_type = "proxyv"
+    if TYPE_CHECKING:  # both are configurations once the object is made
+        vision_config: Any
+        text_config: Any
 
     start_layer: int | None = None
     side_reduction: int = 4

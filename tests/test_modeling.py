@@ -113,7 +113,7 @@ def test_loss_and_gradients_equal_the_oracles(attention, layout, generator) -> N
         if other is None:
             assert mine is None or mine.abs().max() == 0, name
         else:
-            torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-6, msg=name)
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_num_items_in_batch_divides_the_summed_loss(generator) -> None:

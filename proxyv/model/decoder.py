@@ -111,7 +111,7 @@ def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-def _project_separate(attn: Any, rows: Tensor, with_query: bool) -> tuple[Tensor | None, ...]:
+def _project_separate(attn: Any, rows: Tensor, with_query: bool) -> tuple[Any, Any, Any]:
     """Query (or None), key and value (B, N, H*h) of families with one projection for each."""
     query = attn.q_proj(rows) if with_query else None
     return query, attn.k_proj(rows), attn.v_proj(rows)
@@ -125,7 +125,7 @@ class ProxyVLayerMixin:
     ``_project`` and ``_eager_attention``.
     """
 
-    _project: Callable[..., tuple[Tensor | None, ...]] = staticmethod(_project_separate)
+    _project: Callable[..., tuple[Any, Any, Any]] = staticmethod(_project_separate)
     _eager_attention: Callable[..., Any] = staticmethod(modeling_llama.eager_attention_forward)
     self_attn: Any
     mlp: Any
@@ -213,7 +213,8 @@ class ProxyVLayerMixin:
         attn, layout = self.self_attn, streams.layout
         query, key, value = self._project(attn, self.input_layernorm(main), True)
         _, key_full, value_full = self._project(attn, self.input_layernorm(full), False)
-        rope = tuple(part[:, -main.shape[1] :] for part in streams.rope_main)
+        cos, sin = streams.rope_main
+        rope = (cos[:, -main.shape[1] :], sin[:, -main.shape[1] :])
         query, key = rotate(self._heads(query), rope), rotate(self._heads(key), rope)
         key_full = rotate(self._heads(key_full), streams.rope_full)
         value, value_full = self._heads(value), self._heads(value_full)
@@ -328,35 +329,29 @@ class ProxyVTextMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
+            if past_key_values is not None:
+                raise ValueError("gradient checkpointing cannot train on past_key_values")
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        four_d = attention_mask is not None and attention_mask.dim() != 2
-        if four_d and layout is not None:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: with images it must be "
-                "(B, tokens)"
+        if layout is None:
+            attention_mask, position_ids = _plain_rows(
+                inputs_embeds, attention_mask, position_ids, past_key_values
             )
-        past = 0 if past_key_values is None or four_d else int(past_key_values.get_seq_length())
-        decoding = past > 0 and position_ids is not None and layout is None
-        if not (four_d or decoding):
+        else:
+            past = _past_length(past_key_values)
             window = _Window.build(inputs_embeds, attention_mask, past)
-            if position_ids is None and (window.left_padded or layout is not None):
+            if position_ids is None:
                 position_ids = window.position_ids()
-            if past == 0 and not window.left_padded:
-                attention_mask = None
-        if layout is not None:
             position_ids = position_ids + layout.position_shift
             kwargs["streams"] = self._streams(
                 layout, window, inputs_embeds, position_ids, past_key_values, kwargs
             )
-            if self.options.released:
-                key_length = _key_length(past_key_values, window)
-                mask = ordinary_mask(layout, window.real, window.past_valid, key_length)
-                name = self.config._attn_implementation
-                attention_mask = to_backend(mask, name, inputs_embeds.dtype)
+            attention_mask = self._ordinary_mask(
+                layout, window, inputs_embeds, attention_mask, past_key_values
+            )
         return super().forward(  # type: ignore[misc]
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -365,6 +360,21 @@ class ProxyVTextMixin:
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _ordinary_mask(
+        self,
+        layout: SequenceLayout,
+        window: _Window,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """What the ordinary layers get: nothing if they can go without, else 2-D or our own."""
+        if self.options.released:
+            key_length = _key_length(past_key_values, window)
+            mask = ordinary_mask(layout, window.real, window.past_valid, key_length)
+            return to_backend(mask, self.config._attn_implementation, embeds.dtype)
+        return attention_mask if window.needs_mask else None
 
     def _streams(
         self,
@@ -432,6 +442,11 @@ class _Window:
         if attention_mask is None:
             real = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
             return cls(real, real.new_ones(B, past), False)
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
+                "(B, tokens)"
+            )
         if attention_mask.shape[1] < past + S:
             raise ValueError(
                 f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past} "
@@ -440,6 +455,11 @@ class _Window:
         mask = attention_mask.to(embeds.device).bool()[:, : past + S]
         left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
         return cls(mask[:, past:], mask[:, :past], left)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether causal attention alone would show a real row something it must not see."""
+        return self.left_padded or self.past_valid.shape[1] > 0
 
     def position_ids(self) -> Tensor:
         """(B, S) positions counted over real tokens only, as generation counts them."""
@@ -451,6 +471,32 @@ def _flag(config: Any, kwargs: dict[str, Any], name: str) -> bool:
     """An argument of the call, or what the configuration says."""
     value = kwargs.get(name)
     return bool(getattr(config, name, False) if value is None else value)
+
+
+def _past_length(past_key_values: Cache | None) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _plain_rows(
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and positions of rows without images, for the stock model.
+
+    A mask that hides nothing a real row could see is dropped; positions of rows padded on the
+    left are counted over real tokens. Prepared masks and decoding steps are left as they are.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return attention_mask, position_ids
+    past = _past_length(past_key_values)
+    if past and position_ids is not None:
+        return attention_mask, position_ids
+    window = _Window.build(embeds, attention_mask, past)
+    if position_ids is None and window.left_padded:
+        position_ids = window.position_ids()
+    return (attention_mask if window.needs_mask else None), position_ids
 
 
 def _key_length(past_key_values: Cache | None, window: _Window) -> int:

@@ -78,12 +78,12 @@ class ProxyVModel(LlavaNextModel):
         ValueError: an invalid configuration, or a language-model family without ProxyV layers.
     """
 
-    config: ProxyVConfig
+    config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(self, config: ProxyVConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super(LlavaNextModel, self).__init__(config)
         config.check_options()
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -102,7 +102,7 @@ class ProxyVModel(LlavaNextModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """Initialise one module; the projector as torch does by default, like the authors."""
         projector = getattr(self, "multi_modal_projector", None)
         if projector is not None and module in (projector.linear_1, projector.linear_2):
@@ -203,18 +203,20 @@ class ProxyVModel(LlavaNextModel):
         for unused in ("mm_encoder_outputs", "return_dict"):
             kwargs.pop(unused, None)
         image_mask = self._image_mask(input_ids, inputs_embeds)
-        if inputs_embeds is None:
+        if input_ids is not None:
             # The image token need not have a row in the embedding: its rows are replaced.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+        assert inputs_embeds is not None
         layout, image_features = None, None
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            images = self.get_image_features(
+            features = self.get_image_features(
                 pixel_values,
                 image_sizes,
                 num_crops,
                 vision_feature_layer,
                 vision_feature_select_strategy,
-            ).pooler_output
+            )
+            images: Any = features.pooler_output
             counts = [len(image) // self.config.tokens_per_crop for image in images]
             image_features = torch.cat(images).to(inputs_embeds)
             spans = find_images(image_mask, counts, self.config.tokens_per_crop)
@@ -252,7 +254,7 @@ class ProxyVModel(LlavaNextModel):
         if input_ids is not None:
             return input_ids == token
         assert inputs_embeds is not None
-        embedding = self.get_input_embeddings()
+        embedding: Any = self.get_input_embeddings()
         if token >= embedding.num_embeddings:
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=self.device)
         row = embedding(torch.tensor(token, device=inputs_embeds.device)).to(inputs_embeds)
@@ -290,12 +292,12 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         config: the model configuration; ``start_layer=None`` builds the baseline.
     """
 
-    config: ProxyVConfig
+    config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(self, config: ProxyVConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super(LlavaNextForConditionalGeneration, self).__init__(config)
         self.model = ProxyVModel(config)
         text_config = config.text_config
@@ -477,8 +479,9 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         processors = LogitsProcessorList(logits_processor or [])
         token = self.config.image_token_index
         if 0 <= token < self.config.text_config.vocab_size:
-            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
-        return super().generate(*args, logits_processor=processors, **kwargs)
+            processors.append(SuppressTokensLogitsProcessor([token], device=str(self.device)))
+        parent: Any = super()
+        return parent.generate(*args, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -488,7 +491,8 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Hand images on to the first step only; later steps find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -506,7 +510,8 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         if expand_size > 1 and images["pixel_values"] is not None:
             order = self._images_of_beams(expand_size, input_ids, images, model_kwargs)
             images = {name: None if x is None else x[order] for name, x in images.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        parent: Any = super()
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
         model_kwargs.update({name: x for name, x in images.items() if x is not None})
@@ -531,7 +536,7 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
             first += len(row)
         return torch.tensor(order, device=pixel_values.device)
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
         keywords = getattr(gradient_checkpointing_func, "keywords", {})
