@@ -96,15 +96,29 @@ def num_image_tokens(num_crops: int, side: int) -> int:
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Open an image (PIL image, array, path or address) upright and in RGB."""
+    """Open an image (PIL image, array, path or address) upright and in RGB.
+
+    Rotation marks are followed, transparent parts become white, 16 bits are scaled to 8, and an
+    animation gives its first frame. A plain RGB image stays as it is.
+    """
     if isinstance(image, np.ndarray | torch.Tensor):
         array = np.asarray(image)
         if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
             array = array.transpose(1, 2, 0)
         image = Image.fromarray(array.squeeze().astype(np.uint8))
     elif not isinstance(image, Image.Image):
-        image = load_image(image)
-    return ImageOps.exif_transpose(image).convert("RGB")
+        image = load_image(str(image))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; converting would clip them to white
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(
+            (deep / 257 if deep.max(initial=0) > 255 else deep).astype(np.uint8)
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
 
 
 class ProxyVProcessor(LlavaNextProcessor):
