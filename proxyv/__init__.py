@@ -7,7 +7,8 @@ does nothing else: no class and no instance of transformers is changed.
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from proxyv.config import ProxyVConfig
-from proxyv.model.decoder import ProxyVLlamaDecoderLayer, ProxyVLlamaModel
+from proxyv.model.decoder import ProxyVLlamaDecoderLayer
+from proxyv.model.language import ProxyVLlamaModel
 from proxyv.model.modeling import ProxyVForConditionalGeneration, ProxyVModel
 from proxyv.model.processing import ProxyVProcessor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proxyv import ProxyVForConditionalGeneration
 from proxyv.model.checkpoints import from_released, load_released, released_config, to_released
-from proxyv.model.decoder import FAMILIES
+from proxyv.model.language import FAMILIES
 
 pytestmark = pytest.mark.golden
 

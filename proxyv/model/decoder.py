@@ -1,8 +1,7 @@
-"""The ProxyV decoder layer and the language models that contain it, one for every family.
+"""The ProxyV decoder layer, one for every family of language models.
 
-A family's model is a thin subclass of the stock one. Its layers from ``start_layer`` on are
-ProxyV layers: stock layers plus a guided update. Where no image is being read (decoding, text
-only) a ProxyV layer runs its stock forward. Where one is, the rows travel in two streams,
+A ProxyV layer is a stock layer plus a guided update. Where no image is being read (decoding, text
+only) it runs its stock forward. Where one is, the rows travel in two streams,
 ``main = [proxy | light]`` (B, P+L, D) and ``full`` (B, F, D): the first ProxyV layer splits the
 natural sequence, each hands ``(None, main, full)`` on, and the last joins them again. Keys and
 values enter the cache in natural order and never hold a proxy.
@@ -19,30 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from proxyv.model.guided_update import FreshLinear, GuidedUpdate
+from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import SequenceLayout
-from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend
 from proxyv.model.proxies import make_spatial_proxies
 
 __all__ = [
-    "FAMILIES",
     "DecoderOptions",
-    "Family",
     "ProxyVLayerMixin",
     "ProxyVLlamaDecoderLayer",
-    "ProxyVLlamaModel",
-    "ProxyVTextMixin",
     "Streams",
     "WeightsTap",
-    "build_language_model",
+    "rotate",
 ]
 
 
@@ -267,286 +259,6 @@ def _natural_rows(weights: Tensor, layout: SequenceLayout) -> Tensor:
     return rows.scatter(2, index, weights)
 
 
-class ProxyVTextMixin:
-    """Turns a stock language model into one with ProxyV layers; put it before the stock class.
-
-    Subclasses name the stock layer in ``stock_layer`` and the ProxyV layer in ``proxyv_layer``.
-    """
-
-    stock_layer: type[nn.Module]
-    proxyv_layer: type[nn.Module]
-    config: Any
-    layers: nn.ModuleList
-    rotary_emb: Any
-    embed_tokens: Any
-    gradient_checkpointing: bool
-    training: bool
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: PreTrainedConfig, options: DecoderOptions) -> None:
-        depth = config.num_hidden_layers
-        start = depth if options.start_layer is None else options.start_layer
-        # The stock model builds the ordinary layers only; nothing is built twice or swapped.
-        config.num_hidden_layers = start
-        try:
-            super().__init__(config)  # type: ignore[call-arg]
-        finally:
-            config.num_hidden_layers = depth
-        self.options = options
-        for index in range(start, depth):
-            self.layers.append(self.proxyv_layer(config, index, options))
-        self.post_init()  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FreshLinear):
-            module.init_weights()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        layout: SequenceLayout | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the language model, as the stock one, plus ``layout`` where rows hold images.
-
-        A mask that only hides padding on the right is dropped while nothing is cached: no real
-        row can see that padding, and attention without a mask is faster.
-
-        Returns:
-            The stock output. With ``layout``, full rows of ``last_hidden_state`` hold the final
-            norm of what entered the last layer; rows of padding hold finite values without
-            meaning.
-        """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
-                raise ValueError("gradient checkpointing cannot train on past_key_values")
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if layout is None:
-            attention_mask, position_ids = _plain_rows(
-                inputs_embeds, attention_mask, position_ids, past_key_values
-            )
-        else:
-            past = _past_length(past_key_values)
-            window = _Window.build(inputs_embeds, attention_mask, past)
-            if position_ids is None:
-                position_ids = window.position_ids()
-            position_ids = position_ids + layout.position_shift
-            kwargs["streams"] = self._streams(
-                layout, window, inputs_embeds, position_ids, past_key_values, kwargs
-            )
-            attention_mask = self._ordinary_mask(
-                layout, window, inputs_embeds, attention_mask, past_key_values
-            )
-        return super().forward(  # type: ignore[misc]
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-
-    def _ordinary_mask(
-        self,
-        layout: SequenceLayout,
-        window: _Window,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Tensor | None:
-        """What the ordinary layers get: nothing if they can go without, else 2-D or our own."""
-        if self.options.released:
-            key_length = _key_length(past_key_values, window)
-            mask = ordinary_mask(layout, window.real, window.past_valid, key_length)
-            return to_backend(mask, self.config._attn_implementation, embeds.dtype)
-        return attention_mask if window.needs_mask else None
-
-    def _streams(
-        self,
-        layout: SequenceLayout,
-        window: _Window,
-        embeds: Tensor,
-        position_ids: Tensor,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Streams | None:
-        """Masks and rotary tables of the ProxyV layers; None for a baseline."""
-        start = self.options.start_layer
-        if start is None:
-            return None
-        keep_hidden, keep_attention = (
-            _flag(self.config, kwargs, name)
-            for name in ("output_hidden_states", "output_attentions")
-        )
-        natural_keys = past_key_values is not None or keep_attention
-        key_length = _key_length(past_key_values, window)
-        light = light_mask(layout, window.real, window.past_valid, key_length, natural_keys)
-        position_ids = position_ids.expand(embeds.shape[0], -1)
-        positions = torch.cat(
-            [layout.proxy_positions(position_ids)]
-            + [position_ids.gather(1, index) for index in (layout.light_index, layout.full_index)],
-            dim=1,
-        )
-        num_full = layout.full_index.shape[1]
-        rope = self.rotary_emb(embeds, position_ids=positions)
-        name = self.config._attn_implementation
-        past_full = _remember_full_rows(past_key_values, layout, window)
-        past_light, past_light_valid = _past_light(past_full, window)
-        needs_proxies = start < len(self.layers) - 1
-        proxies = proxy_mask(layout, past_light_valid) if needs_proxies else None
-        return Streams(
-            layout=layout,
-            light_mask=to_backend(light, name, embeds.dtype),
-            proxy_mask=None if proxies is None else to_backend(proxies, name, embeds.dtype),
-            rope_main=(rope[0][:, :-num_full], rope[1][:, :-num_full]),
-            rope_full=(rope[0][:, -num_full:], rope[1][:, -num_full:]),
-            natural_keys=natural_keys,
-            past_light=past_light,
-            keep_hidden=keep_hidden,
-            keep_attention=keep_attention,
-        )
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Which rows are real, of the new rows and of the cached ones.
-
-    Attributes:
-        real: (B, S) bool, the new rows.
-        past_valid: (B, past) bool, the cached rows.
-        left_padded: some row of the batch has padding before a real row.
-    """
-
-    real: Tensor
-    past_valid: Tensor
-    left_padded: bool
-
-    @classmethod
-    def build(cls, embeds: Tensor, attention_mask: Tensor | None, past: int) -> _Window:
-        B, S, _ = embeds.shape
-        if attention_mask is None:
-            real = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-            return cls(real, real.new_ones(B, past), False)
-        if attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
-                "(B, tokens)"
-            )
-        if attention_mask.shape[1] < past + S:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past} "
-                f"cached and {S} new ones: it must cover both"
-            )
-        mask = attention_mask.to(embeds.device).bool()[:, : past + S]
-        left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
-        return cls(mask[:, past:], mask[:, :past], left)
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether causal attention alone would show a real row something it must not see."""
-        return self.left_padded or self.past_valid.shape[1] > 0
-
-    def position_ids(self) -> Tensor:
-        """(B, S) positions counted over real tokens only, as generation counts them."""
-        valid = torch.cat([self.past_valid, self.real], dim=1).long()
-        return (valid.cumsum(dim=1) - 1).clamp(min=0)[:, self.past_valid.shape[1] :]
-
-
-def _flag(config: Any, kwargs: dict[str, Any], name: str) -> bool:
-    """An argument of the call, or what the configuration says."""
-    value = kwargs.get(name)
-    return bool(getattr(config, name, False) if value is None else value)
-
-
-def _past_length(past_key_values: Cache | None) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
-def _plain_rows(
-    embeds: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    past_key_values: Cache | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and positions of rows without images, for the stock model.
-
-    A mask that hides nothing a real row could see is dropped; positions of rows padded on the
-    left are counted over real tokens. Prepared masks and decoding steps are left as they are.
-    """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return attention_mask, position_ids
-    past = _past_length(past_key_values)
-    if past and position_ids is not None:
-        return attention_mask, position_ids
-    window = _Window.build(embeds, attention_mask, past)
-    if position_ids is None and window.left_padded:
-        position_ids = window.position_ids()
-    return (attention_mask if window.needs_mask else None), position_ids
-
-
-def _key_length(past_key_values: Cache | None, window: _Window) -> int:
-    """How many keys the attention of a layer will get."""
-    length = window.real.shape[1]
-    if past_key_values is None:
-        return length
-    return int(past_key_values.get_mask_sizes(length, 0)[0])
-
-
-def _remember_full_rows(
-    past_key_values: Cache | None, layout: SequenceLayout, window: _Window
-) -> Tensor | None:
-    """Note on the cache which of its rows are full tokens; proxies of later turns ask for it.
-
-    Returns:
-        (B, past) True where a row cached before is a full token; None without a cache.
-
-    Raises:
-        ValueError: the cache was filled with another batch size.
-    """
-    if past_key_values is None:
-        return None
-    B, past = window.past_valid.shape
-    known = getattr(past_key_values, "proxyv_full_rows", None)
-    if known is None:
-        known = window.past_valid.new_zeros(B, 0)
-    if known.shape[0] != B:
-        raise ValueError(
-            f"the cache was filled with images in a batch of {known.shape[0]}, now the batch is "
-            f"{B}: start a new cache"
-        )
-    known = nn.functional.pad(known[:, :past], (0, past - min(past, known.shape[1])))
-    new = layout.natural_index >= layout.light_index.shape[1]
-    past_key_values.proxyv_full_rows = torch.cat([known, new], dim=1)  # type: ignore[attr-defined]
-    return known
-
-
-def _past_light(past_full: Tensor | None, window: _Window) -> tuple[Tensor | None, Tensor | None]:
-    """Cached newline and text rows, (B, N) padded, and which entries are real; None if none."""
-    if past_full is None:
-        return None, None
-    light = window.past_valid & ~past_full
-    most = int(light.sum(dim=1).max()) if light.shape[1] else 0
-    if most == 0:
-        return None, None
-    index = light.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return index, light.gather(1, index)
-
-
 class ProxyVLlamaDecoderLayer(ProxyVLayerMixin, LlamaDecoderLayer):
     """A ProxyV layer of the Llama family (Llama, Vicuna, Llama 3, SmolLM2)."""
 
@@ -554,51 +266,3 @@ class ProxyVLlamaDecoderLayer(ProxyVLayerMixin, LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         is_last = layer_idx == config.num_hidden_layers - 1
         self._add_proxyv(config, options, is_last, modeling_llama.LlamaRMSNorm)
-
-
-class ProxyVLlamaModel(ProxyVTextMixin, LlamaModel):
-    """A Llama whose layers from ``start_layer`` on are ProxyV layers."""
-
-    stock_layer = LlamaDecoderLayer
-    proxyv_layer = ProxyVLlamaDecoderLayer
-    _no_split_modules = ["LlamaDecoderLayer", "ProxyVLlamaDecoderLayer"]  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": LlamaDecoderLayer,
-        "attentions": [
-            OutputRecorder(LlamaAttention, index=1),
-            OutputRecorder(WeightsTap, index=0),
-        ],
-    }
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table of language-model families.
-
-    Attributes:
-        model: the language model with ProxyV layers.
-    """
-
-    model: type[Any]
-
-
-FAMILIES: dict[str, Family] = {"llama": Family(model=ProxyVLlamaModel)}
-
-
-def build_language_model(text_config: PreTrainedConfig, options: DecoderOptions) -> Any:
-    """Build the language model of the family that ``text_config`` belongs to.
-
-    Args:
-        text_config: the stock configuration of the family.
-        options: what ProxyV adds.
-
-    Raises:
-        ValueError: no family of that name.
-    """
-    family = FAMILIES.get(text_config.model_type)
-    if family is None:
-        raise ValueError(
-            f"text_config.model_type={text_config.model_type!r} has no ProxyV layers: use one of "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    return family.model._from_config(text_config, options=options)

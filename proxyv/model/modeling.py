@@ -18,8 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionModel,
     LlavaNextForConditionalGeneration,
-    LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -33,12 +31,15 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.utils import can_return_tuple
 
 from proxyv.config import ProxyVConfig
-from proxyv.model.decoder import DecoderOptions, build_language_model
+from proxyv.model.backbones import adopt, materialise
+from proxyv.model.crops import real_crops
+from proxyv.model.decoder import DecoderOptions
+from proxyv.model.generation import ImageGenerationMixin
+from proxyv.model.language import build_language_model
 from proxyv.model.layout import build_layout, find_images
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
 
-IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes")
 _PARTS = {
     ".vision_tower.": "vision_tower",
     ".multi_modal_projector.": "projector",
@@ -170,7 +171,7 @@ class ProxyVModel(LlavaNextModel):
         Returns:
             ``pooler_output`` is a list with (C*(s*s+1), D) for each image.
         """
-        crops, counts = _real_crops(pixel_values, num_crops)
+        crops, counts = real_crops(pixel_values, num_crops)
         features = self.encode_crops(
             crops.to(self.dtype), vision_feature_layer, vision_feature_select_strategy
         )  # (crops, s*s, D)
@@ -202,7 +203,7 @@ class ProxyVModel(LlavaNextModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         for unused in ("mm_encoder_outputs", "return_dict"):
             kwargs.pop(unused, None)
-        image_mask = self._image_mask(input_ids, inputs_embeds)
+        image_mask = self.image_mask(input_ids, inputs_embeds)
         if input_ids is not None:
             # The image token need not have a row in the embedding: its rows are replaced.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
@@ -248,7 +249,7 @@ class ProxyVModel(LlavaNextModel):
             image_hidden_states=image_features,
         )
 
-    def _image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S) True where the token is the image token."""
         token = self.config.image_token_index
         if input_ids is not None:
@@ -285,7 +286,7 @@ class ProxyVModel(LlavaNextModel):
         return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds
 
 
-class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
+class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForConditionalGeneration):
     """ProxyV with its language-model head: training loss and generation.
 
     Args:
@@ -373,11 +374,11 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         )
         with torch.device("meta"):  # no second copy of the backbones, nothing drawn twice
             model = cls._from_config(config, dtype=dtype)
-        _adopt(model.model.vision_tower, tower, str(vision))
-        _adopt(model.model.language_model, decoder.get_decoder(), str(language))
+        adopt(model.model.vision_tower, tower, str(vision))
+        adopt(model.model.language_model, decoder.get_decoder(), str(language))
         if not config.tie_word_embeddings:
-            _adopt(model.lm_head, decoder.get_output_embeddings(), str(language))
-        _materialise(model)
+            adopt(model.lm_head, decoder.get_output_embeddings(), str(language))
+        materialise(model)
         model.initialize_weights()
         model.tie_weights()
         model.freeze_unused()
@@ -472,70 +473,6 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def generate(  # type: ignore[override]
-        self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any
-    ) -> Any:
-        """Generate as any transformers model does; the image token is never generated."""
-        processors = LogitsProcessorList(logits_processor or [])
-        token = self.config.image_token_index
-        if 0 <= token < self.config.text_config.vocab_size:
-            processors.append(SuppressTokensLogitsProcessor([token], device=str(self.device)))
-        parent: Any = super()
-        return parent.generate(*args, logits_processor=processors, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Hand images on to the first step only; later steps find them in the cache."""
-        parent: Any = super()
-        inputs = parent.prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in IMAGE_INPUTS:
-                inputs.pop(name, None)
-        elif inputs.get("pixel_values") is not None:
-            inputs["attention_mask"] = kwargs.get("attention_mask")  # a static cache made it 4-D
-        return inputs
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat the inputs for beams; the images of a row are repeated together."""
-        images = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS}
-        if expand_size > 1 and images["pixel_values"] is not None:
-            order = self._images_of_beams(expand_size, input_ids, images, model_kwargs)
-            images = {name: None if x is None else x[order] for name, x in images.items()}
-        parent: Any = super()
-        input_ids, model_kwargs = parent._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        model_kwargs.update({name: x for name, x in images.items() if x is not None})
-        return input_ids, model_kwargs
-
-    def _images_of_beams(
-        self,
-        expand_size: int,
-        input_ids: Tensor | None,
-        images: dict[str, Tensor | None],
-        model_kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Image of each image slot after every row was repeated ``expand_size`` times."""
-        mask = self.model._image_mask(input_ids, model_kwargs.get("inputs_embeds"))
-        pixel_values = images["pixel_values"]
-        assert pixel_values is not None
-        counts = _crop_counts(pixel_values, images["num_crops"])
-        order: list[int] = []
-        first = 0
-        for row in find_images(mask, counts, self.config.tokens_per_crop):
-            order += list(range(first, first + len(row))) * expand_size
-            first += len(row)
-        return torch.tensor(order, device=pixel_values.device)
-
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
@@ -548,62 +485,6 @@ class ProxyVForConditionalGeneration(LlavaNextForConditionalGeneration):
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
-
-
-def _adopt(target: nn.Module, source: nn.Module, name: str) -> None:
-    """Move a backbone's weights into a module on the meta device; guided updates stay there."""
-    missing, unexpected = target.load_state_dict(source.state_dict(), strict=False, assign=True)
-    missing = [key for key in missing if ".guided_update." not in key]
-    if missing or unexpected:
-        raise ValueError(
-            f"{name} does not fit its configuration: missing {missing}, unexpected {unexpected}"
-        )
-    for parameter in target.parameters():
-        if not parameter.is_meta:
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-
-def _materialise(model: nn.Module) -> None:
-    """Give tensors that are still on the meta device (empty) memory."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                empty = torch.empty_like(parameter, device="cpu")
-                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-
-
-def _crop_counts(pixel_values: Tensor, num_crops: Tensor | None) -> list[int]:
-    """Crops of each image.
-
-    Raises:
-        ValueError: ``pixel_values`` of another shape, or counts outside 1 to C_max.
-    """
-    images = pixel_values.shape[0]
-    if pixel_values.dim() not in (4, 5):
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}: expected (images, crops, 3, "
-            "height, width), or (images, 3, height, width) with one crop each"
-        )
-    most = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
-    counts = [most] * images if num_crops is None else [int(count) for count in num_crops]
-    if len(counts) != images or any(not 1 <= count <= most for count in counts):
-        raise ValueError(
-            f"num_crops={counts} does not fit pixel_values of {images} images with at most "
-            f"{most} crops: give one number from 1 to {most} for each image"
-        )
-    return counts
-
-
-def _real_crops(pixel_values: Tensor, num_crops: Tensor | None) -> tuple[Tensor, list[int]]:
-    """Drop the crops that only pad: (crops, 3, height, width), and the crops of each image."""
-    counts = _crop_counts(pixel_values, num_crops)
-    if pixel_values.dim() == 4:
-        return pixel_values, counts
-    keep = [crops[:count] for crops, count in zip(pixel_values, counts, strict=True)]
-    return torch.cat(keep), counts
 
 
 def _real_rows(attention_mask: Tensor | None, image_mask: Tensor) -> Tensor:
