@@ -613,22 +613,34 @@ def test_mistakes_are_explained_in_one_line(
     assert not any("Traceback" in line for line in shown)
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start_layer": 0}, r"missing keys, among them .*layers\.0\."),
+        ({"start_layer": None}, "unexpected keys"),
+        ({"text_config": {"intermediate_size": 48}}, r"mismatched keys, among them .*mlp"),
+        ({"text_config": {"hidden_size": "wide"}}, r"invalid config\.json .*hidden_size"),
+        ({"model_type": "clip"}, "a model of type 'clip', needed is 'proxyv'"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    model_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     for file in model_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "start_layer": 0}))
-    with pytest.raises(CommandError, match=r"missing keys, among them .*layers\.0\."):
+    for name, value in change.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CommandError, match=message):
         Answerer.load(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "start_layer": None}))
-    with pytest.raises(CommandError, match="unexpected keys"):
-        Answerer.load(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+
+
+def test_damaged_weights_are_named(model_folder: Path, tmp_path: Path) -> None:
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not weights at all")
     with pytest.raises(CommandError, match="damaged weights"):
-        Answerer.load(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    with pytest.raises(CommandError, match="a model of type 'clip'"):
         Answerer.load(str(tmp_path))
 
 

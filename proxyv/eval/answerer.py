@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -76,27 +77,8 @@ class Answerer:
         if attention not in ATTENTION:
             raise CommandError(nearest("attention", attention, ATTENTION))
         check_model_name(name)
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind != ProxyVConfig.model_type:
-            raise CommandError(
-                f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}"
-            )
-        try:
-            model, report = ProxyVForConditionalGeneration.from_pretrained(
-                name,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                output_loading_info=True,
-            )
-        except SafetensorError as error:
-            raise CommandError(f"--model {name}: damaged weights ({error})") from error
-        for what in ("missing_keys", "unexpected_keys"):
-            if report[what]:
-                raise CommandError(
-                    f"--model {name}: the weights do not fit config.json, {len(report[what])} "
-                    f"{what.replace('_', ' ')}, among them {min(report[what])}"
-                )
-        return cls(model.to(place), ProxyVProcessor.from_pretrained(name), template)
+        model = _load_weights(name, DTYPES[dtype], attention).to(place)
+        return cls(model, ProxyVProcessor.from_pretrained(name), template)
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +177,35 @@ class Answerer:
         known = configured if isinstance(configured, list) else [configured]
         ends = {self.renderer.end_token_id, *(token for token in known if token is not None)}
         return sorted(ends)
+
+
+def _load_weights(name: str, dtype: torch.dtype, attention: str) -> Any:
+    """Load the model; weights that do not fit the configuration exactly are refused."""
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+    except StrictDataclassError as error:
+        raise CommandError(f"--model {name}: invalid config.json ({error})") from error
+    if kind != ProxyVConfig.model_type:
+        raise CommandError(
+            f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}"
+        )
+    try:
+        model, report = ProxyVForConditionalGeneration.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+        )
+    except SafetensorError as error:
+        raise CommandError(f"--model {name}: damaged weights ({error})") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise CommandError(
+                f"--model {name}: the weights do not fit config.json, {len(report[what])} "
+                f"{what.replace('_', ' ')}, among them {min(map(str, report[what]))}"
+            )
+    return model
 
 
 def _device(name: str | None) -> torch.device:
