@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train the backbones of the preset tiny from scratch (hours on two cores) into data/tiny.
+# A run that was stopped goes on where it was. Arguments go to both halves.
+#
+#   bash scripts/stage0.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/env.sh
+ensure_env train synthetic
+
+say "vision tower: reads characters"
+python -m proxyv.train.stage0 tower --run runs/stage0/tower "$@"
+say "language model: answers about pages given as characters"
+python -m proxyv.train.stage0 language --run runs/stage0/language "$@"
