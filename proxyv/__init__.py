@@ -4,7 +4,7 @@ Importing the package registers the model type "proxyv" with the Auto classes of
 does nothing else: no class and no instance of transformers is changed.
 """
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.decoder import ProxyVLlamaDecoderLayer
@@ -22,5 +22,6 @@ __all__ = [
 ]
 
 AutoConfig.register("proxyv", ProxyVConfig, exist_ok=True)
+AutoModel.register(ProxyVConfig, ProxyVModel, exist_ok=True)
 AutoModelForImageTextToText.register(ProxyVConfig, ProxyVForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(ProxyVConfig, ProxyVProcessor, exist_ok=True)

@@ -398,6 +398,59 @@ def test_bfloat16_stays_near_float32(generator) -> None:
     assert float((half.float() - exact)[:, rows].abs().max()) < 2e-2
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_autocast_trains_float32_weights_in_bfloat16(attention, generator) -> None:
+    model = tiny_model(start_layer=1, spread=0.05, attention=attention).train()
+    samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4], [5])]
+    inputs = collate(samples)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    exact = model(**inputs, labels=labels).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs, labels=labels).loss
+    assert abs(float(loss) - float(exact)) < 2e-2
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_adapters_on_the_projections_are_not_bypassed(generator) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(start_layer=1)
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    with torch.no_grad():
+        plain = model(**inputs).logits
+    names = ["k_proj", "merge_input", "context_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        changed = adapted(**inputs).logits
+        merged = adapted.merge_and_unload()(**inputs).logits
+    assert float((changed - plain).abs().max()) > 1e-3
+    torch.testing.assert_close(merged, changed, **CLOSE)
+
+
+def test_a_larger_vocabulary(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "1", 3], model.config, generator)])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        model.resize_token_embeddings(64)
+        after = model(**inputs).logits
+    assert after.shape[-1] == model.config.text_config.vocab_size == 64
+    torch.testing.assert_close(after[..., :60], before)
+
+
+def test_the_image_token_may_lie_behind_the_vocabulary(generator) -> None:
+    inside, behind = tiny_model(), tiny_model(image_token_index=60)
+    inputs = collate([sample([2, "1", 3], inside.config, generator)])
+    moved = {**inputs, "input_ids": inputs["input_ids"].masked_fill(
+        inputs["input_ids"] == IMAGE_TOKEN, 60)}  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(behind(**moved).logits, inside(**inputs).logits)
+    assert behind.generate(**moved, max_new_tokens=2).shape[0] == 1
+
+
 def test_every_parameter_belongs_to_one_part() -> None:
     model = tiny_model()
     parts = {parameter_part(name) for name, _ in model.named_parameters()}

@@ -21,7 +21,7 @@ def crop_counts(pixel_values: Tensor, num_crops: Tensor | None) -> list[int]:
             "height, width), or (images, 3, height, width) with one crop each"
         )
     most = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
-    counts = [most] * images if num_crops is None else [int(count) for count in num_crops]
+    counts = [most] * images if num_crops is None else num_crops.tolist()
     if len(counts) != images or any(not 1 <= count <= most for count in counts):
         raise ValueError(
             f"num_crops={counts} does not fit pixel_values of {images} images with at most "

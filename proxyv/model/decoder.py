@@ -13,7 +13,7 @@ Source: paper section 3.2; authors' modified LlamaDecoderLayer. Differs: no S x 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -83,6 +83,16 @@ class Streams:
     past_light: Tensor | None = None
     keep_hidden: bool = False
     keep_attention: bool = False
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Streams:
+        """The same on another device; models spread over devices move arguments this way."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(move(part) for part in value)
+            return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+
+        return Streams(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 class WeightsTap(nn.Module):

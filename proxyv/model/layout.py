@@ -67,10 +67,10 @@ class SequenceLayout:
     natural_index: Tensor
     segments: tuple[tuple[bool, int, int], ...] | None
 
-    def to(self, device: torch.device | str) -> SequenceLayout:
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
         """The same layout with its tensors on ``device``."""
         moved = {
-            field.name: getattr(self, field.name).to(device)
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }

@@ -133,9 +133,9 @@ class ProxyVModel(LlavaNextModel):
         Raises:
             ValueError: the tower gives another number of tokens than s*s.
         """
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else (
-            vision_feature_layer
-        )  # fmt: skip
+        layer = vision_feature_layer
+        if layer is None:
+            layer = self.config.vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         states = self.vision_tower(crops, output_hidden_states=True).hidden_states
         layers = [layer] if isinstance(layer, int) else list(layer)
@@ -173,7 +173,7 @@ class ProxyVModel(LlavaNextModel):
         """
         crops, counts = real_crops(pixel_values, num_crops)
         features = self.encode_crops(
-            crops.to(self.dtype), vision_feature_layer, vision_feature_select_strategy
+            crops.to(self.vision_tower.dtype), vision_feature_layer, vision_feature_select_strategy
         )  # (crops, s*s, D)
         newline = self.image_newline.to(features).expand(features.shape[0], 1, -1)
         packed = torch.cat([features, newline], dim=1).flatten(0, 1)
