@@ -53,21 +53,34 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(rows, min_size=1, max_size=3), st.sampled_from(["left", "right"]), options)
-def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) -> None:
+def check_batch_against_oracle(batch, side, chosen) -> None:
+    """Logits of a padded batch, cached and not, against the oracle sample by sample."""
     model = tiny_model(text={"num_hidden_layers": 3}, **chosen)
     generator = torch.Generator().manual_seed(chosen["seed"])
     samples = [sample(parts, model.config, generator) for parts in batch]
     inputs = collate(samples, side)
     with torch.no_grad():
-        logits = model(**inputs).logits
+        logits = model(**inputs, use_cache=False).logits
         cached = model(**inputs, use_cache=True).logits
-    torch.testing.assert_close(cached, logits, **CLOSE)
     for row, (ids, images) in enumerate(samples):
+        real = inputs["attention_mask"][row].bool()
         with torch.no_grad():
             expected = oracle_logits(model, ids, images)
-        assert_rows_match(logits[row][inputs["attention_mask"][row].bool()], expected)
+        assert_rows_match(logits[row][real], expected)
+        assert_rows_match(cached[row][real], expected)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(rows, min_size=1, max_size=3), st.sampled_from(["left", "right"]), options)
+def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) -> None:
+    check_batch_against_oracle(batch, side, chosen)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.lists(rows, min_size=1, max_size=4), st.sampled_from(["left", "right"]), options)
+def test_many_padded_batches_equal_the_oracle(batch, side, chosen) -> None:
+    check_batch_against_oracle(batch, side, chosen)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +220,22 @@ def test_a_second_turn_on_the_cache_equals_one_pass(generator) -> None:
             expected = oracle_logits(model, ids, images, isolate_images=True)[39:]
         assert cache.get_seq_length() == len(ids)
         assert_rows_match(logits, expected)
+
+
+def test_chat_goes_on_with_the_cache_and_a_new_image(generator) -> None:
+    model = tiny_model(start_layer=1)
+    ids, images = sample([2, "2", 3, "1", 4], model.config, generator)
+    first, chosen = collate([(ids[:39], images[:1])]), {"do_sample": False, "max_new_tokens": 3}
+    answer = model.generate(**first, **chosen, return_dict_in_generate=True)
+    turn = torch.cat([answer.sequences[0], ids[39:]])
+    inputs = {**collate([(ids, images[1:])]), "input_ids": turn[None]}
+    inputs["attention_mask"] = torch.ones(1, len(turn), dtype=torch.long)
+    past = answer.past_key_values.get_seq_length()
+    assert past == len(answer.sequences[0]) - 1  # the last token was never fed
+    with torch.no_grad():
+        expected = oracle_logits(model, turn, images, isolate_images=True)[-1].argmax()
+    got = model.generate(**inputs, **chosen, past_key_values=answer.past_key_values)
+    assert int(got[0, len(turn)]) == int(expected)
 
 
 def test_a_cache_of_another_batch_is_refused(generator) -> None:

@@ -135,6 +135,8 @@ def test_text_and_pixels_agree(images, ratio) -> None:
     tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
     assert tokens == sum(processor.num_image_tokens(size) for size in images)
     assert inputs["input_ids"].shape[1] == tokens + 1
+    counted = processor._get_num_multimodal_tokens(image_sizes=images)
+    assert sum(counted["num_image_tokens"]) == tokens
 
 
 def test_a_batch_with_and_without_images(processor) -> None:
@@ -202,6 +204,10 @@ def test_processors_that_cannot_work_are_refused(processor) -> None:
         make_processor(image_aspect_ratio="square")
     with pytest.raises(ValueError, match=r"patch_size=5 does not divide .* 28 pixels"):
         ProxyVProcessor(processor.image_processor, processor.tokenizer, patch_size=5)
+    with pytest.raises(ValueError, match="image_processor is a NoneType"):
+        ProxyVProcessor(None, processor.tokenizer, patch_size=PATCH)
+    with pytest.raises(ValueError, match=r"image_token='<picture>'"):
+        make_processor(image_token="<picture>")
     with pytest.raises(ValueError, match=r"\(30, 28\).* multiples of 28"):
         crop_layout((10, 10), "anyres", [[30, 28]], 28)
     with pytest.raises(ValueError, match="height 0"):

@@ -20,6 +20,7 @@ from transformers.image_utils import SizeDict, load_image
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.processing_utils import MultiModalData
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -140,7 +141,8 @@ class ProxyVProcessor(LlavaNextProcessor):
         **kwargs: passed on.
 
     Raises:
-        ValueError: an unknown aspect ratio, or crops that patches do not tile.
+        ValueError: an unknown aspect ratio, another image processor, a tokenizer without the
+            image token, or crops that patches do not tile.
     """
 
     def __init__(
@@ -156,12 +158,12 @@ class ProxyVProcessor(LlavaNextProcessor):
         **kwargs: Any,
     ) -> None:
         _check_aspect_ratio(image_aspect_ratio)
-        if image_processor is not None and not hasattr(image_processor, "_pad_for_patching"):
-            raise ValueError(
-                f"image_processor is a {type(image_processor).__name__}: use "
-                "LlavaNextImageProcessorPil"
-            )
-        if not isinstance(image_processor, LlavaNextImageProcessorPil | None):
+        if not isinstance(image_processor, LlavaNextImageProcessorPil):
+            if not type(image_processor).__name__.startswith("LlavaNextImageProcessor"):
+                raise ValueError(
+                    f"image_processor is a {type(image_processor).__name__}: use "
+                    "LlavaNextImageProcessorPil"
+                )
             image_processor = LlavaNextImageProcessorPil.from_dict(image_processor.to_dict())
         self.image_aspect_ratio = image_aspect_ratio
         super().__init__(
@@ -174,6 +176,11 @@ class ProxyVProcessor(LlavaNextProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"the tokenizer does not know image_token={self.image_token!r}: add it as a "
+                "special token first"
+            )
         if patch_size is not None and self.crop_px % patch_size:
             raise ValueError(
                 f"patch_size={patch_size} does not divide the crop size of {self.crop_px} pixels"
@@ -336,6 +343,15 @@ class ProxyVProcessor(LlavaNextProcessor):
             expanded.append(parts[0] + "".join(pieces))
             expected.append(sum(counts))
         return expanded, expected
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Image tokens of images of the given (height, width), for serving engines."""
+        if image_sizes is None:
+            return MultiModalData()
+        counts = [self.num_image_tokens((height, width)) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image, from what ``image_inputs`` gave."""
