@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,18 @@ from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor, num_image_tokens
 from proxyv.train.settings import ModelSettings, Settings
 
-__all__ = ["Built", "build", "build_on_meta", "image_pipeline", "output_folder", "starting_folder"]
+__all__ = [
+    "Built",
+    "build",
+    "build_on_meta",
+    "image_pipeline",
+    "output_folder",
+    "resolve",
+    "starting_folder",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
 _VOCABULARY_MULTIPLE = 64
 
 
@@ -40,6 +49,24 @@ def output_folder(settings: Settings) -> Path:
     if settings.run.output_dir is not None:
         return Path(settings.run.output_dir)
     return _default_folder(settings.model, settings.stage.name)
+
+
+def resolve(settings: Settings) -> Settings:
+    """Put what this machine decides in the place of 'auto'; the saved run.yaml then says it."""
+    if settings.model.dtype != "auto":
+        return settings
+    fast = _multiplies_bfloat16()
+    return replace(settings, model=replace(settings.model, dtype="bfloat16" if fast else "float32"))
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the GPU, or the CPU by its flags in /proc/cpuinfo, multiplies bfloat16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return bool(_BF16_CPU_FLAGS & set(flags.split()))
 
 
 def starting_folder(settings: Settings) -> Path | None:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, check_rows
 from proxyv.data.sources import Source, open_source
-from proxyv.train.build import Built, build, image_pipeline, output_folder, starting_folder
+from proxyv.train.build import Built, build, image_pipeline, output_folder, resolve, starting_folder
 from proxyv.train.config_files import settings_yaml, write_atomically
 from proxyv.train.progress import MetricsFile, Progress
 from proxyv.train.settings import Settings
@@ -86,6 +86,7 @@ def train(settings: Settings) -> Path:
     """
     began, ranks = time.monotonic(), int(os.environ.get("WORLD_SIZE", "1"))
     say = print if int(os.environ.get("RANK", "0")) == 0 else (lambda *_, **__: None)
+    settings = resolve(settings)
     folder = check_output(settings)
     starting_folder(settings)
     accumulation = accumulation_steps(settings, ranks)

@@ -100,8 +100,9 @@ class ModelSettings:
     template: str = option("v1", "chat template; see proxyv/data/template_table.py")
     dtype: str = option(
         "bfloat16",
-        "type of weights and activations while training; optimizer states stay float32",
-        choices=("float32", "bfloat16"),
+        "type of weights and activations while training; optimizer states stay float32; auto is "
+        "bfloat16 where the hardware multiplies it",
+        choices=("auto", "float32", "bfloat16"),
     )
     attention: str = option("sdpa", "attention kernel", choices=("sdpa", "eager"))
 

@@ -1,0 +1,38 @@
+# Sourced by pretrain.sh and finetune.sh, which set stage: finds the preset and the ranks, and runs.
+#
+# Arguments: [preset] [section.name=value ...] [--dry-run]
+# Environment: NPROC, the number of ranks (default: the visible GPUs, or 1 without one).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+visible_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[^[:space:]]' || true
+    else
+        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true
+    fi
+}
+
+gpus=$(visible_gpus)
+case "${1:-}" in
+    '' | -* | *=*)
+        if [ "$gpus" -gt 0 ]; then
+            {
+                echo "error: $gpus GPU(s) visible, and no preset named. The paper's run, and the small one:"
+                echo "  bash scripts/$stage.sh vicuna-7b"
+                echo "  bash scripts/$stage.sh tiny"
+            } >&2
+            exit 2
+        fi
+        preset=tiny
+        ;;
+    *)
+        preset=$1
+        shift
+        ;;
+esac
+
+. scripts/env.sh
+ensure_env train
+exec python -m proxyv.train --preset "$preset" --stage "$stage" \
+    --nproc "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$@"
