@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     questions: Iterable[str] = [args.question]
     if args.question is None:
-        print("Ask about the image; Ctrl-D ends.", file=sys.stderr)
+        if sys.stdin.isatty():
+            print("Ask about the image; Ctrl-D ends.")
         questions = iter(_read_question, None)
     talk(reply, len(images), questions, print)
     return 0
@@ -86,9 +87,13 @@ def talk(
 
 
 def _read_question() -> str | None:
+    """The next line; None at the end of the input. Only a person at a terminal sees a prompt."""
+    person = sys.stdin.isatty()
     try:
-        return input("> ")
+        return input("> " if person else "")
     except EOFError:
+        if person:
+            print()
         return None
 
 
