@@ -38,7 +38,7 @@ def random_style(rng: np.random.Generator, split: Split) -> Style:
     """Draw a style from the typefaces of one split; text is always clearly darker than paper."""
     choices = families(split)
     family = choices[int(rng.integers(len(choices)))]
-    size = int(rng.choice([9, 10, 10, 11, 11, 12]))
+    size = int(rng.choice([10, 11, 11, 12, 13, 14]))
     ink = int(rng.integers(0, 70))
     paper = int(rng.integers(225, 256))
     cast = rng.integers(-10, 11, size=3)
