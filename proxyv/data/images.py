@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["DataError", "ImageFolder", "ImageRef"]
 
 Read = TypeVar("Read")
+_ORIENTATION = 0x0112  # Exif: values from 5 on swap height and width
 
 
 class DataError(ValueError):
@@ -61,18 +62,19 @@ class ImageFolder:
         return path
 
     def decode(self, image: str | bytes) -> Image.Image:
-        """Decode an image, given by its path in the folder or by its bytes, to RGB."""
+        """Decode an image, given by its path in the folder or by its bytes, upright and in RGB."""
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
         with opened:
             self._check_size(opened.size)
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
 
     def size_hw(self, image: str | bytes) -> tuple[int, int]:
         """Height and width of an image from its header alone."""
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
         with opened:
             self._check_size(opened.size)
-            return opened.height, opened.width
+            turned = opened.getexif().get(_ORIENTATION, 1) >= 5
+            return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
     def _check_size(self, size_wh: tuple[int, int]) -> None:
         megapixels = size_wh[0] * size_wh[1] / 1e6

@@ -32,7 +32,6 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
-_VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -134,20 +133,22 @@ def _options(model: ModelSettings) -> dict[str, Any]:
 
 
 def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
-    names = settings.model
-    _check_backbones(names)
-    tokenizer = AutoTokenizer.from_pretrained(names.language)
+    """Join the backbones.
+
+    ``<image>`` gets the next free id where the vocabulary lacks it; the embedding gets no row for
+    it, because rows of images are always replaced.
+    """
+    _check_backbones(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.language)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
     model: Any = ProxyVForConditionalGeneration.from_backbones(
-        names.vision,
-        names.language,
-        config_overrides={**_options(names), "image_token_index": image_token_id},
-        dtype=DTYPES[names.dtype],
+        settings.model.vision,
+        settings.model.language,
+        config_overrides={**_options(settings.model), "image_token_index": image_token_id},
+        dtype=DTYPES[settings.model.dtype],
     )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_VOCABULARY_MULTIPLE)
     return model, _processor(settings, tokenizer, model.config)
 
 
@@ -224,19 +225,19 @@ def build_on_meta(settings: Settings) -> Any:
     Raises:
         OSError: a configuration cannot be found.
     """
-    names, folder = settings.model, starting_folder_if_any(settings)
+    model, folder = settings.model, starting_folder_if_any(settings)
     if folder is not None:
         config = ProxyVConfig.from_pretrained(folder)
     else:
-        if names.vision_config is None or names.language_config is None:
-            _check_backbones(names)
-        vision = CLIPVisionConfig.from_pretrained(names.vision_config or names.vision)
-        text = AutoConfig.from_pretrained(names.language_config or names.language)
+        if model.vision_config is None or model.language_config is None:
+            _check_backbones(model)
+        vision = CLIPVisionConfig.from_pretrained(model.vision_config or model.vision)
+        text = AutoConfig.from_pretrained(model.language_config or model.language)
         config = ProxyVConfig(
             vision_config=vision.to_dict(),
             text_config=text.to_dict(),
             tie_word_embeddings=text.tie_word_embeddings,
-            **_options(names),
+            **_options(model),
         )
     with torch.device("meta"):
         return ProxyVForConditionalGeneration(config)

@@ -31,19 +31,21 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def preset_file(preset: str, stage: str) -> Path:
-    """Find ``configs/PRESET/STAGE.yaml``, here or beside the package.
+    """Find a preset's file for a stage, under ``configs/`` here or beside the package.
+
+    Preset ``tiny`` is ``tiny/STAGE.yaml``, preset ``tiny-baseline`` is
+    ``tiny/STAGE-baseline.yaml``.
 
     Raises:
-        ValueError: no such preset, naming the nearest; or the preset lacks the stage.
+        ValueError: no such preset, naming the nearest.
     """
-    folders = [folder for folder in (Path("configs"), _REPOSITORY / "configs") if folder.is_dir()]
-    presets = {path.parent.name for folder in folders for path in folder.glob("*/pretrain.yaml")}
-    if preset not in presets:
-        raise ValueError(nearest("preset", preset, presets))
-    for folder in folders:
-        if (folder / preset / f"{stage}.yaml").is_file():
-            return folder / preset / f"{stage}.yaml"
-    raise ValueError(f"preset {preset!r} has no file {stage}.yaml")
+    found: dict[str, Path] = {}
+    for folder in (_REPOSITORY / "configs", Path("configs")):
+        for path in folder.glob(f"*/{stage}*.yaml"):
+            found[path.parent.name + path.stem.removeprefix(stage)] = path
+    if preset not in found:
+        raise ValueError(nearest("preset", preset, found))
+    return found[preset]
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

@@ -1,0 +1,142 @@
+"""Settings: files that build on others, overrides, refusals, and no setting that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from proxyv.train.config_files import (
+    describe_settings,
+    load_settings,
+    preset_file,
+    settings_yaml,
+    write_atomically,
+)
+from proxyv.train.settings import Settings, walk
+from proxyv.train.trainer import accumulation_steps, total_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(tmp_path: Path, text: str = "", *overrides: str) -> Settings:
+    path = tmp_path / "config.yaml"
+    path.write_text(text or "model: {name: a}\n")
+    return load_settings(path, overrides)
+
+
+def test_the_last_word_counts(tmp_path):
+    (tmp_path / "deep.yaml").write_text("optim: {lr: 1e-3, beta2: 0.95}\n")
+    (tmp_path / "middle.yaml").write_text("base: deep.yaml\noptim: {lr: 2e-3, epochs: 2}\n")
+    settings = load(tmp_path, "base: middle.yaml\noptim: {epochs: 3}\n", "optim.warmup_ratio=0.5")
+    optim = settings.optim
+    assert (optim.lr, optim.beta2, optim.epochs, optim.warmup_ratio) == (2e-3, 0.95, 3.0, 0.5)
+
+
+def test_override_values_are_yaml(tmp_path):
+    settings = load(
+        tmp_path,
+        "",
+        "model.start_layer=null",
+        "optim.lr=4e-5",
+        "data.image_grid_pinpoints=[[336,672]]",
+    )
+    assert settings.model.start_layer is None
+    assert settings.optim.lr == 4e-5
+    assert settings.data.image_grid_pinpoints == [[336, 672]]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"unknown setting 'optim\.lrr': did you mean 'optim\.lr'"),
+        ("optm.lr=1", r"no section 'optm': did you mean 'optim\.lr'"),
+        ("lr=1", r"no section 'lr': did you mean 'optim\.lr'"),
+        ("zzz.yyy=1", r"unknown section 'zzz' \(one of data, deepspeed, model"),
+        ("optim=1", "section 'optim' needs settings, got 1"),
+        ("optim.lr", r"override 'optim\.lr': expected section\.name=value"),
+        ("optim.lr=fast", r"override 'optim\.lr=fast': optim\.lr: Value 'fast'"),
+        ("optim.micro_batch=2.5", r"optim\.micro_batch: Value '2\.5'"),
+        ("optim.lr=-1", r"optim\.lr=-1\.0 is out of range: it must be at least 0"),
+        ("optim.warmup_ratio=2", r"optim\.warmup_ratio=2\.0 is out of range: .* from 0 to 1"),
+        ("model.layout=naturl", r"model\.layout: unknown value 'naturl': did you mean 'natural'"),
+        ("stage.name=finetune", r"model\.init_from=null with stage\.name=finetune"),
+        ("model.init_from=auto", r"model\.init_from=auto with stage\.name=pretrain"),
+        ("optim.micro_batch=48", r"512 is not a multiple of optim\.micro_batch=48"),
+        ("run.wandb_mode=online", r"run\.wandb_mode=online with run\.tracker=none"),
+        ("data.image_grid_pinpoints=[[336]]", r"expected pairs \[height, width\]"),
+    ],
+)
+def test_refusals_name_the_setting_and_what_to_do(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path, "", override)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_and_overwrite_contradict(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.resume=true contradicts run\.overwrite=true"):
+        load(tmp_path, "", "run.resume=true", "run.overwrite=true")
+
+
+def test_unknown_keys_in_files_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.yaml: unknown setting 'model\.nam'"):
+        load(tmp_path, "model: {nam: a}\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
+        load(tmp_path, "model: [\n")
+    with pytest.raises(FileNotFoundError, match=r"no config file .*gone\.yaml \(base of"):
+        load(tmp_path, "base: gone.yaml\n")
+    with pytest.raises(ValueError, match="leads back to itself"):
+        load(tmp_path, "base: config.yaml\n")
+
+
+def test_resolved_settings_read_back(tmp_path):
+    settings = load(tmp_path, "", "model.start_layer=null", "optim.lr=3e-4")
+    write_atomically(tmp_path / "run.yaml", "# comment\n" + settings_yaml(settings))
+    assert load_settings(tmp_path / "run.yaml") == settings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.yaml"]
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown preset 'tinny': did you mean 'tiny'"):
+        preset_file("tinny", "pretrain")
+    assert preset_file("tiny-baseline", "finetune").name == "finetune-baseline.yaml"
+
+
+def test_every_setting_has_help_and_a_check_that_fits_its_default():
+    text = describe_settings()
+    for key, value, item in walk(Settings()):
+        assert item.metadata["help"], key
+        assert f"{key}=" in text
+        choices = item.metadata["choices"]
+        assert choices is None or value in choices, key
+
+
+def test_every_setting_is_read_by_code():
+    read: set[tuple[str, str]] = set()
+    for path in [*ROOT.glob("proxyv/train/*.py"), *ROOT.glob("proxyv/data/*.py")]:
+        if path.name == "settings.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                read.add((owner, node.attr))
+    keys = [key for key, _, _ in walk(Settings())]
+    assert not [key for key in keys if tuple(key.split(".")) not in read]
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "drop_last", "steps"),
+    [(1_246_000, 8, False, 2434), (100, 1, False, 7), (100, 1, True, 6)],
+)
+def test_steps(tmp_path, rows, ranks, drop_last, steps):
+    batch = "optim.global_batch=512" if ranks == 8 else "optim.global_batch=16"
+    settings = load(tmp_path, "", batch, f"data.drop_last={drop_last}")
+    assert total_steps(settings, rows, ranks) == steps
+
+
+def test_global_batch_must_be_dealt_evenly(tmp_path):
+    settings = load(tmp_path, "", "optim.global_batch=64")
+    assert accumulation_steps(settings, 2) == 2
+    with pytest.raises(ValueError, match=r"optim\.global_batch=64 .*=16 x 3 ranks = 48"):
+        accumulation_steps(settings, 3)

@@ -1,0 +1,184 @@
+"""Readers of JSON and parquet: rows, images, and errors that name the offender."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from proxyv.data import sources
+from proxyv.data.images import DataError, ImageFolder
+from proxyv.data.sources import JsonSource, open_source, parse_row
+
+SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That"}]
+
+
+def write_image(path: Path, size=(20, 10)) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "white").save(path)
+    return path.read_bytes()
+
+
+def write_json(folder: Path, rows, name="rows.json", **how) -> str:
+    path = folder / name
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(rows, **how), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("block", [1 << 22, 7])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("rows.json", {}),
+        ("rows.json", {"indent": 1, "ensure_ascii": False}),
+        ("rows.jsonl", {}),
+    ],
+)
+def test_rows_of_any_json_form_and_block_size(tmp_path, monkeypatch, name, how, block):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", block)
+    write_image(tmp_path / "a.png")
+    rows = [
+        {
+            "id": str(i),
+            "image": "a.png",
+            "conversations": [SAID[0], {"from": "gpt", "value": f"é 图 {i} ] }}, [" + "\\"}],
+        }
+        for i in range(5)
+    ]
+    source = open_source(write_json(tmp_path, rows, name, **how), str(tmp_path))
+    assert len(source) == 5
+    assert [source[i].turns[1].text for i in (4, 0, 2)] == [
+        rows[i]["conversations"][1]["value"] for i in (4, 0, 2)
+    ]
+    assert source[3].images[0].load().size == (20, 10)
+    assert source[3].images[0].size_hw() == (10, 20)
+
+
+def test_a_source_travels_to_worker_processes(tmp_path):
+    rows = [{"id": "1", "conversations": [{"from": "human", "value": "Q"}, SAID[1]]}]
+    source = open_source(write_json(tmp_path, rows), None)
+    assert source[0].turns[0].text == "Q"
+    assert pickle.loads(pickle.dumps(source))[0].turns[0].text == "Q"
+
+
+def test_broken_json_names_file_and_row(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"id": 1}, {"id": ')
+    with pytest.raises(DataError, match=r"rows\.json: row 1 is not valid JSON"):
+        JsonSource(path, ImageFolder(None))
+    path.write_text("[]")
+    with pytest.raises(DataError, match="no rows"):
+        JsonSource(path, ImageFolder(None))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"id": "x7"}, r"row 4 \(id 'x7'\), field 'conversations': expected a list"),
+        ({"conversations": SAID[:1], "image": "a.png"}, "no answer"),
+        ({"conversations": SAID}, "1 <image> in the text, but 0 images"),
+        ({"conversations": SAID, "image": ["a.png", "b.png"]}, "but 2 images"),
+        ({"conversations": SAID, "image": 5}, "field 'image': expected a path or bytes, got int"),
+        (
+            {"conversations": [{"from": "gp", "value": "a"}]},
+            "unknown role 'gp': did you mean 'gpt'",
+        ),
+        ({"conversations": ["hello"]}, "field 'conversations'"),
+        ({"conversations": [*SAID, SAID[1]], "image": "a"}, "two messages in a row from 'assist"),
+        ([1], "expected an object, got list"),
+    ],
+)
+def test_bad_rows_name_the_offender(record, message):
+    with pytest.raises(DataError, match=message) as caught:
+        parse_row(record, "some.json", 4, ImageFolder(None))
+    assert str(caught.value).startswith("some.json: row 4")
+    assert "\n" not in str(caught.value)
+
+
+def test_leading_answer_and_trailing_question_are_left_out():
+    said = [SAID[1], *SAID, SAID[0] | {"value": "And?"}]
+    row = parse_row({"conversations": said, "image": "a.png"}, "f", 0, ImageFolder(None))
+    assert [turn.text for turn in row.turns] == ["<image>\nWhat?", "That"]
+
+
+def load(tmp_path: Path, image: str, **limits):
+    path = write_json(tmp_path, [{"id": "r", "image": image, "conversations": SAID}])
+    return open_source(path, str(tmp_path / "root"), **limits)[0].images[0].load()
+
+
+def test_images_stay_in_their_folder(tmp_path):
+    write_image(tmp_path / "root" / "in.png")
+    write_image(tmp_path / "out.png")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "out.png")
+    (tmp_path / "root" / "inner.png").symlink_to(tmp_path / "root" / "in.png")
+    assert load(tmp_path, "in.png").size == load(tmp_path, "inner.png").size == (20, 10)
+    for escape in ("../out.png", str(tmp_path / "out.png"), "a/../../out.png"):
+        with pytest.raises(DataError, match="must be relative and stay inside"):
+            load(tmp_path, escape)
+    with pytest.raises(DataError, match=r"through a symbolic link; set data\.follow_links"):
+        load(tmp_path, "link.png")
+    assert load(tmp_path, "link.png", follow_links=True).size == (20, 10)
+
+
+def test_missing_corrupt_and_huge_images_are_named(tmp_path):
+    whole = write_image(tmp_path / "root" / "big.png", size=(300, 200))
+    (tmp_path / "root" / "not.png").write_bytes(b"no picture")
+    (tmp_path / "root" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"row 0 \(id 'r'\), field 'image': no image file .*gone"):
+        load(tmp_path, "gone.png")
+    with pytest.raises(DataError, match=r"field 'image': not\.png is not an image"):
+        load(tmp_path, "not.png")
+    with pytest.raises(DataError, match=r"field 'image': cut\.png cannot be decoded"):
+        load(tmp_path, "cut.png")
+    with pytest.raises(DataError, match=r"200 x 300 pixels .* more than data.max_megapixels=0.05"):
+        load(tmp_path, "big.png", max_megapixels=0.05)
+
+
+def test_rotated_photographs_come_upright(tmp_path):
+    (tmp_path / "root").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.new("RGB", (20, 10)).save(tmp_path / "root" / "turned.jpg", exif=exif)
+    path = write_json(tmp_path, [{"image": "turned.jpg", "conversations": SAID}])
+    reference = open_source(path, str(tmp_path / "root"))[0].images[0]
+    assert reference.load().size == (10, 20)
+    assert reference.size_hw() == (20, 10)
+
+
+@pytest.mark.parametrize("feature", [True, False])
+def test_parquet_with_bytes(tmp_path, monkeypatch, feature):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    raw = write_image(tmp_path / "a.png")
+    rows = {
+        "id": ["p", "t"],
+        "conversations": [SAID, [{"from": "human", "value": "Q"}, SAID[1]]],
+        "image": [{"bytes": raw, "path": None}, None],
+    }
+    table = datasets.Dataset.from_dict(rows)
+    if feature:
+        table = table.cast_column("image", datasets.Image())
+    (tmp_path / "shards").mkdir()
+    table.to_parquet(tmp_path / "shards" / "0.parquet")
+    source = open_source(str(tmp_path / "shards"), None)
+    assert len(source) == 2
+    assert source[0].images[0].load().size == Image.open(io.BytesIO(raw)).size
+    assert source[1].images == ()
+
+
+def test_places_that_do_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.annotations: no file .*gone\.json"):
+        open_source(str(tmp_path / "gone.json"), None)
+    with pytest.raises(FileNotFoundError, match=r"data\.images: no folder 'nowhere'"):
+        open_source(str(tmp_path / "gone.json"), "nowhere")
+    (tmp_path / "rows.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"expected \.json, \.jsonl, \.parquet"):
+        open_source(str(tmp_path / "rows.csv"), None)
