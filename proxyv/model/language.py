@@ -35,10 +35,9 @@ __all__ = [
 class ProxyVTextMixin:
     """Turns a stock language model into one with ProxyV layers; put it before the stock class.
 
-    Subclasses name the stock layer in ``stock_layer`` and the ProxyV layer in ``proxyv_layer``.
+    Subclasses name their ProxyV layer in ``proxyv_layer``.
     """
 
-    stock_layer: type[nn.Module]
     proxyv_layer: type[nn.Module]
     config: Any
     layers: nn.ModuleList
@@ -315,7 +314,6 @@ def _past_light(past_full: Tensor | None, window: _Window) -> tuple[Tensor | Non
 class ProxyVLlamaModel(ProxyVTextMixin, LlamaModel):
     """A Llama whose layers from ``start_layer`` on are ProxyV layers."""
 
-    stock_layer = LlamaDecoderLayer
     proxyv_layer = ProxyVLlamaDecoderLayer
     _no_split_modules = ["LlamaDecoderLayer", "ProxyVLlamaDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
