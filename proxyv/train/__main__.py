@@ -64,11 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(settings: Settings) -> int:
-    from proxyv.train.launch import prepare_rank
+    from proxyv.train.launch import first_to_report, prepare_rank
     from proxyv.train.run import train
 
     prepare_rank(settings)
-    train(settings)
+    try:
+        train(settings)
+    except (ValueError, OSError):
+        if first_to_report():
+            raise
+        return 2
     return 0
 
 

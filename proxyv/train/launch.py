@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from proxyv.train.settings import Settings
 
-__all__ = ["launch", "prepare_rank"]
+__all__ = ["first_to_report", "launch", "prepare_rank"]
+
+_REPORT = "PROXYV_REPORT"  # names a file that the first rank to fail creates
 
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
@@ -31,12 +35,28 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={ranks}", "--module", "proxyv.train"]
-    try:
-        run(parse_args([*options, *arguments]))
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    with tempfile.TemporaryDirectory(prefix="proxyv-") as folder:
+        os.environ[_REPORT] = str(Path(folder) / "reported")
+        try:
+            run(parse_args([*options, *arguments]))
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        finally:
+            del os.environ[_REPORT]
     return 0
+
+
+def first_to_report() -> bool:
+    """Whether this rank is the first of its launch to report a mistake, which all may meet."""
+    mark = os.environ.get(_REPORT)
+    if mark is None:
+        return True
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def prepare_rank(settings: Settings) -> None:

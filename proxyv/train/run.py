@@ -133,7 +133,6 @@ def train(settings: Settings) -> Path:
 def _trainer(
     settings: Settings, built: Built, dataset: ConversationDataset, folder: Path, ranks: int
 ) -> ProxyVTrainer:
-    built.model.config.use_cache = False
     built.model.train()
     if settings.run.gradient_checkpointing:
         built.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -168,7 +167,6 @@ def save_run(
     """Save model, processor and tokenizer; ``finished.json`` comes last and marks them complete."""
     state = trainer.full_state()
     if trainer.is_world_process_zero():
-        built.model.config.use_cache = True
         partial = folder / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         built.model.save_pretrained(partial, state_dict=state)

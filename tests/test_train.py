@@ -1,0 +1,303 @@
+"""Training for real: two stages on two CPU ranks with DeepSpeed, an overfit, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import make_backbones, make_rows, overrides
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from proxyv.cli import run_command
+from proxyv.data.images import DataError
+from proxyv.data.templates import template_of
+from proxyv.train import run
+from proxyv.train.__main__ import main
+from proxyv.train.build import build, resolve, starting_folder
+from proxyv.train.config_files import load_settings
+from proxyv.train.settings import Settings
+from proxyv.train.stages import STAGES, apply_stage, count_parts, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_backbones(folder)
+    make_rows(folder, 8, text_only=4)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def settings_for(world: Path, stage: str = "pretrain", **more: object) -> Settings:
+    return load_settings(ROOT / f"configs/tiny/{stage}.yaml", overrides(world, **more))
+
+
+def command(world: Path, stage: str, ranks: int, **more: object) -> subprocess.CompletedProcess:
+    words = ["--config", f"configs/tiny/{stage}.yaml", "--nproc", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "proxyv.train", *words, *overrides(world, **more)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """Top names of the parameters that differ."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+
+
+@pytest.fixture(scope="module")
+def two_stages(world) -> dict[str, Path]:
+    """Both stages, two steps each, on two gloo ranks with ZeRO-2 and text-only rows among them."""
+    folders = {stage: world / stage for stage in STAGES}
+    for stage, folder in folders.items():
+        more = {"run.output_dir": folder, "optim.max_steps": 2, "optim.warmup_ratio": 0}
+        if stage == "finetune":
+            more["model.init_from"] = folders["pretrain"]
+        done = command(world, stage, ranks=2, **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (world / f"{stage}.out").write_text(done.stdout + done.stderr)
+    return folders
+
+
+def test_a_run_says_what_it_does(two_stages, world):
+    text = (world / "pretrain.out").read_text()
+    assert "batch 4 = 2 ranks x 2 rows x 1 accumulated; 2 steps" in text
+    assert "vision_tower" in text and "frozen" in text
+    assert "tokens/s" in text and "% supervised" in text
+    assert "Traceback" not in text and "Warning" not in text
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_metrics_and_settings_lie_beside_the_run(two_stages, stage):
+    folder = two_stages[stage]
+    entries = metrics(folder)
+    assert [entry["step"] for entry in entries] == [1, 2]
+    for entry in entries:
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["supervised_share"] < 1
+        assert entry["lr_proxyv"] > 0
+    settings = load_settings(folder / "run.yaml")
+    assert settings.stage.name == stage
+    assert settings.model.dtype in ("float32", "bfloat16")
+    summary = json.loads((folder / "finished.json").read_text())
+    assert (summary["steps"], summary["template"]) == (2, "tiny")
+
+
+def test_a_stage_trains_its_parts_and_no_other(two_stages, world):
+    set_seed(42)
+    fresh = build(resolve(settings_for(world))).model.state_dict()
+    stages = {
+        stage: AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        for stage, folder in two_stages.items()
+    }
+    first = moved(fresh, stages["pretrain"])
+    assert {name.split(".")[1] for name in first} == {
+        "image_newline",
+        "multi_modal_projector",
+        "language_model",
+    }
+    assert all("guided_update" in name for name in first if ".language_model." in name)
+    second = moved(stages["pretrain"], stages["finetune"])
+    assert any("q_proj" in name for name in second) and "lm_head.weight" in second
+    assert not any("vision_tower" in name for name in first | second)
+    last = "layers.3.guided_update"
+    assert not any(last in name for name in first | second)
+
+
+def test_a_run_is_a_complete_model_folder(two_stages):
+    folder = two_stages["finetune"]
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    assert template_of(processor.tokenizer).name == "tiny"
+    assert processor.image_aspect_ratio == "pad"
+    assert model.config.start_layer == 1 and model.config.text_config.use_cache
+    from PIL import Image
+
+    inputs = processor(
+        images=[Image.new("RGB", (40, 30), "red")],
+        text=["<s><|user|><image>\nWhich colour?<|assistant|>"],
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+
+
+def in_process(monkeypatch, settings: Settings) -> Path:
+    """Train in this process, without DeepSpeed and without a process group."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return run.train(settings)
+
+
+def test_overfits_eight_samples(world, monkeypatch, tmp_path):
+    rows = json.loads((world / "rows.json").read_text())[:8]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = settings_for(
+        world,
+        **{
+            "data.annotations": tmp_path / "rows.json",
+            "run.output_dir": tmp_path / "run",
+            "run.log_steps": 10,
+            "model.dtype": "float32",
+            "deepspeed.config": "null",
+            "optim.global_batch": 8,
+            "optim.micro_batch": 8,
+            "optim.max_steps": 120,
+            "optim.lr": 5e-3,
+            "optim.proxyv_lr": 5e-3,
+        },
+    )
+    # everything but the tower must train, and there is no earlier run: stage 2 from scratch
+    settings.stage.name = "finetune"
+    folder = in_process(monkeypatch, settings)
+    losses = [entry["loss"] for entry in metrics(folder)]
+    assert losses[0] > 2 and losses[-1] < 0.1
+
+
+def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
+    """Rows of different lengths: 4 x 1 and 1 x 4 give the same losses, token-weighted."""
+    losses = []
+    for micro in (4, 1):
+        settings = settings_for(
+            world,
+            **{
+                "run.output_dir": tmp_path / str(micro),
+                "model.dtype": "float32",
+                "deepspeed.config": "null",
+                "optim.micro_batch": micro,
+                "optim.max_steps": 3,
+                "optim.warmup_ratio": 0,
+            },
+        )
+        losses.append([entry["loss"] for entry in metrics(in_process(monkeypatch, settings))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][2]
+
+
+def test_parts_and_groups(world):
+    settings = settings_for(world, **{"optim.weight_decay": 0.1, "optim.projector_lr": 0.5})
+    model = build(resolve(settings)).model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    apply_stage(model, "pretrain")
+    counts = {part.part: part for part in count_parts(model)}
+    assert sum(part.total for part in counts.values()) == total
+    assert counts["language_model"].trainable == counts["vision_tower"].trainable == 0
+    # layers 1, 2 and 3 have a guided update; the last one trains at no stage
+    assert counts["proxyv"].trainable * 3 == counts["proxyv"].total * 2
+    groups = parameter_groups(model, settings.optim)
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    assert trained == sum(part.trainable for part in counts.values())
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates == {"projector": 0.5, "newline": 0.5, "proxyv": 1e-3}
+    for group in groups:
+        decays = all(parameter.dim() >= 2 for parameter in group["params"])
+        assert group["weight_decay"] == (0.1 if decays else 0.0)
+
+
+def broken(world: Path, tmp_path: Path, record: dict) -> dict[str, object]:
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps([record]))
+    return {"data.annotations": path, "run.output_dir": tmp_path / "run"}
+
+
+SAID = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"id": "a", "image": "images/gone.png", "conversations": SAID}, "no image file .*gone"),
+        ({"id": "b", "image": "rows.json", "conversations": SAID}, "rows.json is not an image"),
+        ({"id": "c", "image": "images/0.png", "conversations": SAID[:1]}, "no answer"),
+        ({"id": "d", "conversations": SAID}, "1 <image> in the text, but 0 images"),
+    ],
+)
+def test_bad_rows_stop_a_run_before_it_trains(world, tmp_path, monkeypatch, record, message):
+    settings = settings_for(world, **broken(world, tmp_path, record))
+    with pytest.raises(DataError, match=message) as caught:
+        in_process(monkeypatch, settings)
+    assert f"row 0 (id {record['id']!r})" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_row_is_one_line_and_an_exit_code(world, tmp_path):
+    record = {"id": "far", "image": "images/gone.png", "conversations": SAID}
+    done = command(world, "pretrain", ranks=2, **broken(world, tmp_path, record))
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and "gone.png" in lines[0] and "'far'" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "tinny", "--stage", "pretrain"], "unknown preset 'tinny': did you mean"),
+        (["--config", "configs/tiny/pretrain.yaml", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["--config", "configs/gone.yaml"], "no config file configs/gone.yaml"),
+        (
+            ["--config", "configs/tiny/pretrain.yaml", "--dry-run", "model.vision=data/nowhere"],
+            "no folder",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, arguments, message):
+    assert run_command(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_finished_run_is_not_replaced(two_stages, world, monkeypatch):
+    settings = settings_for(world, **{"run.output_dir": two_stages["pretrain"]})
+    with pytest.raises(ValueError, match=r"holds a finished run: .*run\.overwrite=true"):
+        in_process(monkeypatch, settings)
+
+
+def test_stage_two_refuses_what_does_not_fit(two_stages, world, tmp_path):
+    base = {"model.init_from": two_stages["pretrain"], "run.output_dir": tmp_path}
+    other = settings_for(world, "finetune", **{**base, "model.start_layer": 2})
+    with pytest.raises(ValueError, match=r"model\.start_layer=2 contradicts .*start_layer=1"):
+        build(resolve(other))
+    nowhere = settings_for(world, "finetune", **{**base, "model.init_from": tmp_path / "gone"})
+    with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no config\.json\)"):
+        starting_folder(nowhere)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_bare_script_asks_for_a_preset_where_gpus_are(stage):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run(
+        ["bash", f"scripts/{stage}.sh", "optim.lr=1e-4"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    for preset in ("vicuna-7b", "tiny"):
+        assert f"bash scripts/{stage}.sh {preset}\n" in done.stderr
