@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.choices import chosen_option, circular_hits, inferred_option
 from proxyv.eval.metrics import (
     Box,
     anls,
@@ -23,6 +24,7 @@ from proxyv.eval.metrics import (
     mean,
     mme_perception,
     ocrbench_match,
+    ocrbench_score,
     page_bleu,
     page_edit_distance,
     read_box,
@@ -30,6 +32,7 @@ from proxyv.eval.metrics import (
     yes_or_no,
 )
 from proxyv.eval.report import bootstrap_interval
+from proxyv.eval.vqa_text import normalise_vqa, vqa_accuracy
 
 TEXT = st.text(max_size=12)
 
@@ -183,6 +186,147 @@ def test_pages_by_hand() -> None:
     assert page_bleu("a b c d", "w x y z") < 1e-6
 
 
+# ---- VQA soft accuracy
+
+
+@pytest.mark.parametrize(
+    ("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+)
+def test_vqa_accuracy_leaves_each_reference_out_in_turn(matches: int, score: float) -> None:
+    references = ["nokia"] * matches + ["samsung"] * (10 - matches)
+    assert vqa_accuracy("Nokia.", references) == pytest.approx(score, abs=1e-12)
+
+
+def test_vqa_accuracy_of_a_single_reference_is_zero() -> None:
+    assert vqa_accuracy("nokia", ["nokia"]) == 0.0
+    with pytest.raises(ValueError, match="at least one reference"):
+        vqa_accuracy("nokia", [])
+
+
+def test_vqa_text_removes_only_the_first_32_periods() -> None:
+    assert normalise_vqa("b." * 40) == "b" * 33 + ".b" * 7 + "."
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("t-shirt", "t shirt"),  # a hyphen is a space
+        ("coca - cola", "coca cola"),  # beside a space it is deleted
+        ("a-b c- d", "ab c d"),  # and then everywhere in the text
+        ("$1,000", "$1000"),
+        ("3.5", "3.5"),
+        ("The Red Car", "red car"),
+        ("eleven", "eleven"),
+        ("none", "0"),
+        ("Ten", "10"),
+        ("dont", "don't"),
+        ("wouldnt've", "wouldn't've"),
+        ("Im", "im"),  # contractions with capitals never match
+        ("it's", "it 's"),
+        ("rock & roll #1: 5% *", "rock & roll #1: 5% *"),
+        ("two\nlines", "2 lines"),
+        ("!hello", "hello"),
+    ],
+)
+def test_vqa_text_by_hand(text: str, normalised: str) -> None:
+    assert normalise_vqa(text) == normalised
+
+
+# ---- MMBench
+
+ANIMALS = {"A": "cat", "B": "dog", "C": "bird", "D": "fish"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A dog is here now", "B"),  # more than three words: "A" may be an article
+        ("A dog", "A"),
+        ("E", "E"),  # inferred although there is no option E
+        ("a", None),
+        ("(C).", "C"),
+        ("A B", None),
+        ("spider", None),
+    ],
+)
+def test_option_letters_stand_alone(answer: str, letter: str | None) -> None:
+    assert inferred_option(answer, ANIMALS) == letter
+
+
+def test_missing_options_are_the_text_nan_and_match_inside_words() -> None:
+    options = {"A": "banana split", "B": "apple", "C": "nan", "D": "nan"}
+    assert inferred_option("an apple", options) == "B"
+    assert inferred_option("banana and apple", options) is None
+    assert inferred_option("banana", {"A": "pear", "B": "apple", "C": "nan"}) == "C"
+
+
+def test_an_option_inside_another_option_decides_nothing() -> None:
+    options = {"A": "cat", "B": "cat food", "C": "dog", "D": "fish"}
+    assert inferred_option("cat food", options) is None
+    assert inferred_option("cat", options) == "A"
+
+
+def test_the_loose_rules_are_asked_only_when_the_strict_ones_fail() -> None:
+    assert inferred_option("Answer:D", ANIMALS) is None
+    assert chosen_option("Answer:D", ANIMALS) == "D"
+    assert chosen_option("Well, B: or C: but the answer is D/x", ANIMALS) == "D"
+    assert chosen_option("[B] it is", ANIMALS) == "B"
+    assert chosen_option("nothing", ANIMALS) is None
+
+
+def test_a_question_counts_only_if_all_its_rotations_are_right() -> None:
+    indices = [1, 2, 1000001, 1000002, 3000009]
+    assert circular_hits([True, True, True, False, True], indices) == {1: True, 2: False}
+
+
+# ---- others
+
+
+def test_ocrbench_divides_by_a_thousand_whatever_the_number_of_rows() -> None:
+    assert ocrbench_score([1.0, 1.0]) == 0.002
+
+
+def test_ocrbench_matches_inside_words_and_formulas_with_case() -> None:
+    assert ocrbench_match("I know", ["no"], "SVT") == 1
+    assert ocrbench_match("anything", [""], "SVT") == 1
+    assert ocrbench_match("ＡＢＣ", ["abc"], "SVT") == 1
+    assert ocrbench_match("\\Frac { A }", ["\\frac{A}"], "HME100k") == 0
+    assert ocrbench_match("x ^ 2\n= A", ["x^2=A"], "HME100k") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [("not sure", "no"), ("know", "no"), ("unknown", "other"), ("**Yes**", "other"), ("y", "yes")],
+)
+def test_mme_reads_the_first_four_characters(answer: str, word: str) -> None:
+    assert yes_or_no(answer) == word
+
+
+def test_always_yes_gets_a_quarter_of_mme() -> None:
+    names = [f"category {index // 2}" for index in range(20)]
+    assert mme_perception(["Yes"] * 20, ["Yes", "No"] * 10, ["1"] * 20, names) == 500
+
+
+def test_seedbench_takes_the_first_character() -> None:
+    assert first_letter_match("(A)", "A") == 0
+    assert first_letter_match("Answer: B", "A") == first_letter_match("apple", "A") == 1
+
+
+def test_gqa_deletes_punctuation_and_keeps_articles() -> None:
+    assert exact_match("Dark-blue.", "darkblue") == 1
+    assert exact_match("dark-blue", "dark blue") == exact_match("the cat", "cat") == 0
+
+
+def test_an_unread_box_has_its_centre_in_the_corner() -> None:
+    assert center_inside(read_box("?"), (0.0, 0.0, 0.5, 0.5)) == 1
+    assert box_iou((0.3, 0.3, 0.1, 0.1), (0.1, 0.1, 0.3, 0.3)) == 0  # a flipped box
+
+
+def test_white_space_changes_the_edit_distance_and_not_bleu() -> None:
+    assert page_bleu("a b\nc  d", "a b c d") == 1.0
+    assert page_edit_distance("a b\nc  d", "a b c d") > 0
+
+
 def test_bootstrap_interval_encloses_the_mean_and_is_repeatable() -> None:
     scores = [0.0, 1.0] * 50
     low, high = bootstrap_interval(scores)
@@ -206,10 +350,23 @@ def right_at_half(predicted: Box, truth: Box) -> float:
     return float(box_iou(predicted, truth) >= 0.5)
 
 
+def rights(row: dict[str, Any]) -> list[bool]:
+    rows = zip(row["prediction"], row["references"], row["extra"]["options"], strict=True)
+    return [chosen_option(answer, options) == letter for answer, letter, options in rows]
+
+
 GOLDEN: dict[str, Callable[[dict[str, Any]], float]] = {
     "anls": lambda row: BENCHMARKS["docvqa"].score(row["prediction"], row["references"]),
     "relaxed_accuracy": lambda row: BENCHMARKS["chartqa"].score(
         row["prediction"], row["references"]
+    ),
+    "vqa_accuracy": lambda row: vqa_accuracy(row["prediction"], row["references"]),
+    "ocrbench_aggregate": lambda row: ocrbench_score(row["prediction"]),
+    "mmbench_static": lambda row: float(
+        chosen_option(row["prediction"], row["extra"]["options"]) == row["references"][0]
+    ),
+    "mmbench_static_circular": lambda row: mean(
+        [float(hit) for hit in circular_hits(rights(row), row["extra"]["index"]).values()]
     ),
     "ocrbench": lambda row: ocrbench_match(
         row["prediction"], row["references"], row["extra"]["dataset"]
@@ -259,3 +416,20 @@ def test_golden_scores(metric: str) -> None:
         if abs(score - row["score"]) > 1e-6
     ]
     assert not wrong
+
+
+@pytest.mark.golden
+def test_golden_intermediate_results() -> None:
+    if "PROXYV_GOLDEN" not in os.environ:
+        pytest.skip("PROXYV_GOLDEN is not set: no reference outputs to compare with")
+    rows = golden_rows()
+    assert {row["metric"] for row in rows} <= GOLDEN.keys()
+    for row in rows:
+        if row["metric"] == "vqa_accuracy":
+            assert normalise_vqa(row["prediction"]) == row["extra"]["normalized_prediction"]
+        if row["metric"] == "mmbench_static":
+            options, expected = row["extra"]["options"], row["extra"]["inferred"]
+            assert inferred_option(row["prediction"], options) == expected
+            if expected is None:
+                fallback = row["extra"]["static_fallback"]
+                assert chosen_option(row["prediction"], options) == fallback
