@@ -7,8 +7,7 @@ does nothing else: no class and no instance of transformers is changed.
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from proxyv.config import ProxyVConfig
-from proxyv.model.decoder import ProxyVLlamaDecoderLayer
-from proxyv.model.language import ProxyVLlamaModel
+from proxyv.model.families import ProxyVLlamaDecoderLayer, ProxyVLlamaModel
 from proxyv.model.modeling import ProxyVForConditionalGeneration, ProxyVModel
 from proxyv.model.processing import ProxyVProcessor
 

@@ -30,16 +30,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def rope(x: Tensor, positions: list[int], theta: float) -> Tensor:
-    """(N, H, h) -> the same; pair i of a head is (i, i + h/2)."""
-    half = x.shape[-1] // 2
+def rope(x: Tensor, positions: list[int], theta: float, share: float = 1.0) -> Tensor:
+    """(N, H, h) -> the same; of the first ``share`` of a head, pair i is (i, i + half)."""
+    half = int(x.shape[-1] * share) // 2
     out = []
     for row, position in zip(x, positions, strict=True):
         angle = position / theta ** (torch.arange(half, device=x.device, dtype=x.dtype) / half)
-        a, b = row[:, :half], row[:, half:]
-        out.append(
-            torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-        )
+        a, b, rest = row[:, :half], row[:, half : 2 * half], row[:, 2 * half :]
+        turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest]
+        out.append(torch.cat(turned, -1))
     return torch.stack(out)
 
 
@@ -115,16 +114,33 @@ class Oracle:
     def layer(self, index: int, name: str) -> Tensor:
         return self.weights[f"model.language_model.layers.{index}.{name}.weight"]
 
+    def project(self, index: int, x: Tensor) -> list[Tensor]:
+        """(N, D) -> query, key and value, (N, heads, width) each, as the family projects."""
+        heads = [self.text.num_attention_heads] + [self.text.num_key_value_heads] * 2
+        attn = f"model.language_model.layers.{index}.self_attn."
+        if self.text.model_type == "phi3":
+            joint = (x @ self.weights[attn + "qkv_proj.weight"].T).view(len(x), sum(heads), -1)
+            return list(joint.split(heads, dim=1))
+        parts = []
+        for name, count in zip("qkv", heads, strict=True):
+            rows = x @ self.weights[f"{attn}{name}_proj.weight"].T
+            rows = rows + self.weights.get(f"{attn}{name}_proj.bias", 0)
+            rows = rows.view(len(x), count, -1)
+            if self.text.model_type == "qwen3" and name != "v":
+                weight = self.weights[f"{attn}{name}_norm.weight"]
+                rows = rms_norm(rows, weight, self.text.rms_norm_eps)
+            parts.append(rows)
+        return parts
+
     def attention(self, index, x, queries: list[int], tokens: list[Token], rule) -> Tensor:
         """Attention of some rows over all rows; x is normalised (N, D)."""
         H, K = self.text.num_attention_heads, self.text.num_key_value_heads
-        width = self.text.head_dim
-        theta = self.text.rope_parameters["rope_theta"]
+        q, k, v = self.project(index, x)
+        width = q.shape[-1]
+        turn = self.text.rope_parameters
         positions = [token.position for token in tokens]
-        q = (x @ self.layer(index, "self_attn.q_proj").T).view(len(x), H, width)
-        k = (x @ self.layer(index, "self_attn.k_proj").T).view(len(x), K, width)
-        v = (x @ self.layer(index, "self_attn.v_proj").T).view(len(x), K, width)
-        q, k = rope(q, positions, theta), rope(k, positions, theta)
+        share = turn.get("partial_rotary_factor", 1.0)
+        q, k = (rope(rows, positions, turn["rope_theta"], share) for rows in (q, k))
         rows = []
         for row in queries:
             keys = [i for i, token in enumerate(tokens) if rule(tokens[row], token)]
@@ -138,9 +154,12 @@ class Oracle:
 
     def feed_forward(self, index: int, x: Tensor) -> Tensor:
         h = rms_norm(x, self.layer(index, "post_attention_layernorm"), self.text.rms_norm_eps)
-        gate = F.silu(h @ self.layer(index, "mlp.gate_proj").T)
-        up = h @ self.layer(index, "mlp.up_proj").T
-        return x + (gate * up) @ self.layer(index, "mlp.down_proj").T
+        if self.text.model_type == "phi3":
+            gate, up = (h @ self.layer(index, "mlp.gate_up_proj").T).chunk(2, dim=-1)
+        else:
+            gate = h @ self.layer(index, "mlp.gate_proj").T
+            up = h @ self.layer(index, "mlp.up_proj").T
+        return x + (F.silu(gate) * up) @ self.layer(index, "mlp.down_proj").T
 
     def attend(self, index, x, queries, tokens, rule) -> Tensor:
         """Both residual steps for some rows; (N, D) -> (len(queries), D)."""

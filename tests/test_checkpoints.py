@@ -122,5 +122,9 @@ def test_released_configuration() -> None:
     named = released_config(RELEASED, vision, image_token_index=IMAGE_TOKEN)
     assert named.image_token_index == IMAGE_TOKEN
     assert released_config({**RELEASED, "proxyv": False}, vision).start_layer is None
+    qwen = released_config({**RELEASED, "model_type": "llava_qwen"}, vision)
+    assert qwen.text_config.model_type == "qwen2"
+    with pytest.raises(ValueError, match=r"'llava_mpt' .* llava_llama, llava_phi, llava_qwen"):
+        released_config({**RELEASED, "model_type": "llava_mpt"}, vision)
     with pytest.raises(ValueError, match="learn_proxy"):
         released_config({**RELEASED, "learn_proxy": True}, vision)

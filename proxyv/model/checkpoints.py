@@ -150,7 +150,7 @@ def released_config(
     raw: Mapping[str, Any],
     vision_config: Mapping[str, Any] | PreTrainedConfig,
     *,
-    family: str = "llama",
+    family: str | None = None,
     image_token_index: int | None = None,
 ) -> ProxyVConfig:
     """Our configuration from the ``config.json`` of a released checkpoint.
@@ -158,7 +158,7 @@ def released_config(
     Args:
         raw: its contents.
         vision_config: configuration of the CLIP vision tower, which ``raw`` only names.
-        family: model type of the language model.
+        family: model type of the language model; by default what ``raw`` was released as.
         image_token_index: id that stands for image rows; by default the first id behind the
             vocabulary.
 
@@ -170,6 +170,14 @@ def released_config(
     """
     if raw.get("learn_proxy"):
         raise ValueError("learn_proxy=true: non-spatial proxies are not supported")
+    if family is None:
+        released_as = raw.get("model_type")
+        if released_as not in _FAMILIES:
+            raise ValueError(
+                f"model_type={released_as!r} is not that of a released checkpoint: use one of "
+                f"{', '.join(_FAMILIES)}, or name the family of the language model"
+            )
+        family = _FAMILIES[released_as]
     text_config = AutoConfig.for_model(family)
     known = set(text_config.to_dict()) | {"rope_theta", "rope_scaling"}
     text = {k: v for k, v in raw.items() if k in known and k not in _NOT_TEXT}
@@ -195,6 +203,7 @@ def released_config(
     )
 
 
+_FAMILIES = {"llava_llama": "llama", "llava_phi": "phi3", "llava_qwen": "qwen2"}
 _NOT_TEXT = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 

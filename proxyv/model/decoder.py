@@ -18,11 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import SequenceLayout
@@ -31,7 +28,6 @@ from proxyv.model.proxies import make_spatial_proxies
 __all__ = [
     "DecoderOptions",
     "ProxyVLayerMixin",
-    "ProxyVLlamaDecoderLayer",
     "Streams",
     "WeightsTap",
     "rotate",
@@ -113,39 +109,54 @@ def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-def _project_separate(attn: Any, rows: Tensor, with_query: bool) -> tuple[Any, Any, Any]:
-    """Query (or None), key and value (B, N, H*h) of families with one projection for each."""
-    query = attn.q_proj(rows) if with_query else None
-    return query, attn.k_proj(rows), attn.v_proj(rows)
-
-
 class ProxyVLayerMixin:
     """Turns a stock decoder layer into a ProxyV layer; put it before the stock class.
 
     The stock layer must have ``self_attn``, ``mlp``, ``input_layernorm`` and
-    ``post_attention_layernorm``. A family that projects or attends otherwise overrides
-    ``_project`` and ``_eager_attention``.
+    ``post_attention_layernorm``. A family names its stock attention in ``_eager_attention``;
+    one that projects otherwise or drops residuals overrides ``_project``, ``_after_attention``
+    or ``_after_mlp``.
+
+    Args:
+        config: the stock configuration of the family.
+        layer_idx: which layer this is.
+        options: what ProxyV adds.
     """
 
-    _project: Callable[..., tuple[Any, Any, Any]] = staticmethod(_project_separate)
-    _eager_attention: Callable[..., Any] = staticmethod(modeling_llama.eager_attention_forward)
+    _eager_attention: Callable[..., Any]
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
 
-    def _add_proxyv(
-        self, config: Any, options: DecoderOptions, is_last: bool, norm_class: type[nn.Module]
-    ) -> None:
-        """Add the guided update; called at the end of ``__init__``."""
-        norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)  # type: ignore[call-arg]
+    def __init__(self, config: Any, layer_idx: int, options: DecoderOptions) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        norm = type(self.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps)
         self.guided_update = GuidedUpdate(config.hidden_size, options.guided_width, norm)
         self.weights_tap = WeightsTap()
         self.side_reduction = options.side_reduction
         self.downsample = options.downsample
-        self.is_last = is_last
-        if is_last:  # nothing reads what it would write, so it never gets a gradient
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        if self.is_last:  # nothing reads what it would write, so it never gets a gradient
             self.guided_update.requires_grad_(False)
+
+    def _project(self, rows: Tensor, with_query: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Query (or None), key and value, each (B, H, N, h), of normalised rows (B, N, D).
+
+        The projections are called, never read: adapters on them act, and sharded weights are
+        gathered.
+        """
+        attn = self.self_attn
+        query = self._heads(attn.q_proj(rows)) if with_query else None
+        return query, self._heads(attn.k_proj(rows)), self._heads(attn.v_proj(rows))
+
+    def _after_attention(self, rows: Tensor) -> Tensor:
+        """What the family does to attention's output before adding it, (B, N, D) -> the same."""
+        return rows
+
+    def _after_mlp(self, rows: Tensor) -> Tensor:
+        """What the family does to the MLP's output before adding it, (B, N, D) -> the same."""
+        return rows
 
     def forward(
         self,
@@ -175,8 +186,9 @@ class ProxyVLayerMixin:
             )
         main, full = self._enter(hidden_states, streams.layout)
         num_proxies = main.shape[1] - streams.layout.light_index.shape[1]
-        main = main + self._attend(main, full, num_proxies, streams, past_key_values)
-        main = main + self.mlp(self.post_attention_layernorm(main))
+        attended = self._attend(main, full, num_proxies, streams, past_key_values)
+        main = main + self._after_attention(attended)
+        main = main + self._after_mlp(self.mlp(self.post_attention_layernorm(main)))
         light = main[:, num_proxies:]
         if self.is_last:
             return streams.layout.join(light, full)
@@ -213,13 +225,13 @@ class ProxyVLayerMixin:
     ) -> Tensor:
         """Attention of main rows (B, P+L, D): proxies and light rows, each with its own keys."""
         attn, layout = self.self_attn, streams.layout
-        query, key, value = self._project(attn, self.input_layernorm(main), True)
-        _, key_full, value_full = self._project(attn, self.input_layernorm(full), False)
+        query, key, value = self._project(self.input_layernorm(main), True)
+        _, key_full, value_full = self._project(self.input_layernorm(full), False)
+        assert query is not None, "a projection with queries gave none"
         cos, sin = streams.rope_main
         rope = (cos[:, -main.shape[1] :], sin[:, -main.shape[1] :])
-        query, key = rotate(self._heads(query), rope), rotate(self._heads(key), rope)
-        key_full = rotate(self._heads(key_full), streams.rope_full)
-        value, value_full = self._heads(value), self._heads(value_full)
+        query, key = rotate(query, rope), rotate(key, rope)
+        key_full = rotate(key_full, streams.rope_full)
         light_key, light_value = key[:, :, num_proxies:], value[:, :, num_proxies:]
         if streams.natural_keys:
             keys = layout.join(light_key, key_full)
@@ -267,12 +279,3 @@ def _natural_rows(weights: Tensor, layout: SequenceLayout) -> Tensor:
     rows = weights.new_zeros(B, H, layout.slots.shape[1], K)
     index = layout.light_index[:, None, :, None].expand(-1, H, -1, K)
     return rows.scatter(2, index, weights)
-
-
-class ProxyVLlamaDecoderLayer(ProxyVLayerMixin, LlamaDecoderLayer):
-    """A ProxyV layer of the Llama family (Llama, Vicuna, Llama 3, SmolLM2)."""
-
-    def __init__(self, config: LlamaConfig, layer_idx: int, options: DecoderOptions) -> None:
-        super().__init__(config, layer_idx)
-        is_last = layer_idx == config.num_hidden_layers - 1
-        self._add_proxyv(config, options, is_last, modeling_llama.LlamaRMSNorm)

@@ -1,8 +1,7 @@
-"""Language models whose layers from ``start_layer`` on are ProxyV layers, one row per family.
+"""A language model whose layers from ``start_layer`` on are ProxyV layers, of any family.
 
-A family's model is a thin subclass of the stock one. It adds what the ProxyV layers share in one
-forward pass: the masks, the rotary tables and the index tensors. To add a family, write its layer
-and its model as the two Llama classes are written, and add a row to ``FAMILIES``.
+The mixin adds what the ProxyV layers share in one forward pass: the masks, the rotary tables and
+the index tensors. The families themselves are in ``families.py``.
 """
 
 from __future__ import annotations
@@ -12,24 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.utils.output_capturing import OutputRecorder
 
-from proxyv.model.decoder import DecoderOptions, ProxyVLlamaDecoderLayer, Streams, WeightsTap
+from proxyv.model.decoder import DecoderOptions, Streams
 from proxyv.model.guided_update import FreshLinear
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "ProxyVLlamaModel",
-    "ProxyVTextMixin",
-    "build_language_model",
-]
+__all__ = ["ProxyVTextMixin"]
 
 
 class ProxyVTextMixin:
@@ -309,50 +300,3 @@ def _past_light(past_full: Tensor | None, window: _Window) -> tuple[Tensor | Non
         return None, None
     index = light.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return index, light.gather(1, index)
-
-
-class ProxyVLlamaModel(ProxyVTextMixin, LlamaModel):
-    """A Llama whose layers from ``start_layer`` on are ProxyV layers."""
-
-    proxyv_layer = ProxyVLlamaDecoderLayer
-    _no_split_modules = ["LlamaDecoderLayer", "ProxyVLlamaDecoderLayer"]  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": LlamaDecoderLayer,
-        "attentions": [
-            OutputRecorder(LlamaAttention, index=1),
-            OutputRecorder(WeightsTap, index=0),
-        ],
-    }
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table of language-model families.
-
-    Attributes:
-        model: the language model with ProxyV layers.
-    """
-
-    model: type[Any]
-
-
-FAMILIES: dict[str, Family] = {"llama": Family(model=ProxyVLlamaModel)}
-
-
-def build_language_model(text_config: PreTrainedConfig, options: DecoderOptions) -> Any:
-    """Build the language model of the family that ``text_config`` belongs to.
-
-    Args:
-        text_config: the stock configuration of the family.
-        options: what ProxyV adds.
-
-    Raises:
-        ValueError: no family of that name.
-    """
-    family = FAMILIES.get(text_config.model_type)
-    if family is None:
-        raise ValueError(
-            f"text_config.model_type={text_config.model_type!r} has no ProxyV layers: use one of "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    return family.model._from_config(text_config, options=options)

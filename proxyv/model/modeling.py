@@ -34,8 +34,8 @@ from proxyv.config import ProxyVConfig
 from proxyv.model.backbones import adopt, materialise
 from proxyv.model.crops import real_crops
 from proxyv.model.decoder import DecoderOptions
+from proxyv.model.families import build_language_model
 from proxyv.model.generation import ImageGenerationMixin
-from proxyv.model.language import build_language_model
 from proxyv.model.layout import build_layout, find_images
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
