@@ -36,6 +36,7 @@ from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
+READ_SHARE = 0.3  # of the pages are copied in whole, the others asked about
 PAGE_TOKENS = 145  # 12 x 12 patches and the newline
 
 
@@ -70,7 +71,7 @@ class LanguageSettings:
     renew: int = 6
     workers: int = 1
     turns: int = 6
-    mix: Mix = field(default_factory=lambda: Mix(text=0.15, documents=0.5, charts=0.35))
+    mix: Mix = field(default_factory=lambda: Mix(text=0.2, documents=0.5, charts=0.3))
 
 
 class GridReader(Trainee):
@@ -88,6 +89,8 @@ class GridReader(Trainee):
         self.slots = nn.Embedding(SLOTS * (len(ALPHABET) + 1), width)
         nn.init.normal_(self.slots.weight, std=0.02)
         self.cells = nn.Linear(3 * CELLS * CELLS, width)
+        self.places = nn.Embedding(PAGE_TOKENS - 1, width)  # as a tower's features have them
+        nn.init.normal_(self.places.weight, std=0.02)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, 168, settings.workers)
         self.held = {
@@ -97,7 +100,7 @@ class GridReader(Trainee):
 
     def _conversation(self, page: Page, rng: np.random.Generator) -> list[tuple[str, str]]:
         """Turns about one page: a transcription now and then, else some of its questions."""
-        if not page.questions or rng.random() < 0.15:
+        if not page.questions or rng.random() < READ_SHARE:
             return [(READ_PROMPT, page.caption[:200])]
         suffix = prompt_suffix(page)
         order = rng.permutation(len(page.questions))[: self.settings.turns]
@@ -121,7 +124,7 @@ class GridReader(Trainee):
         B = len(slots)
         offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
-        grid = written.sum(2) + self.cells(colour_cells(images, 14))
+        grid = written.sum(2) + self.cells(colour_cells(images, 14)) + self.places.weight
         return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
 
     def logits(self, slots: Tensor, images: Tensor, ids: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Stage 0, vision: teach a CLIP-architecture tower to read, by dense supervision.
 
-A head on the tower's last layer predicts, for each patch, the characters whose centres lie in it
-and the colours of its cells; the head is thrown away. The language model's loss alone would teach
-a raw tower to read far more slowly (see docs/log.md).
+A head on the tower's last layer predicts, for each patch, the characters whose centres lie in it,
+the colours of its cells and where the patch is; the head is thrown away. The language model's loss
+alone would teach a raw tower to read far more slowly (see docs/log.md).
 
     python -m proxyv.train.stage0 tower --run runs/tower --steps 9000
 """
@@ -31,6 +31,8 @@ from proxyv.train.stage0.targets import (
     patch_targets,
     to_tensor,
 )
+
+GRID = 12  # patches on a side
 
 __all__ = ["TowerSettings", "tower_config", "train_tower"]
 
@@ -82,6 +84,7 @@ class ReadingTower(Trainee):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.read = nn.Linear(config.hidden_size, SLOTS * (len(ALPHABET) + 1))
         self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
+        self.place = nn.Linear(config.hidden_size, 2 * GRID)  # row and column of the patch
         self.ring = PageRing(
             settings.seed, settings.ring, settings.mix, config.image_size, settings.workers
         )
@@ -92,12 +95,17 @@ class ReadingTower(Trainee):
             for split in ("train", "test")
         }
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [0, 1] to character logits (B, N, SLOTS, V) and cells (B, N, 48)."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] to what the head says of each patch.
+
+        Returns:
+            character logits (B, N, SLOTS, V), cells (B, N, 48), places (B, N, 2, GRID).
+        """
         hidden = self.tower(normalise(images)).last_hidden_state[:, 1:]
         hidden = self.norm(hidden)
         B, N, _ = hidden.shape
-        return self.read(hidden).view(B, N, SLOTS, -1), self.paint(hidden)
+        read = self.read(hidden).view(B, N, SLOTS, -1)
+        return read, self.paint(hidden), self.place(hidden).view(B, N, 2, GRID)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
@@ -109,12 +117,16 @@ class ReadingTower(Trainee):
         pixels, slots, _ = self.ring.batch(rng, settings.batch, 14, shift_px=7)
         images, target = to_tensor(pixels), torch.from_numpy(slots)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, cells = self.features(images)
+            logits, cells, places = self.features(images)
         count = int((target != BLANK).sum())
         reading = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="sum")
         painting = F.mse_loss(cells.float(), colour_cells(images, 14))
+        here = torch.arange(GRID * GRID)
+        where = torch.stack([here // GRID, here % GRID], dim=1).expand(len(images), -1, -1)
+        placing = F.cross_entropy(places.flatten(0, 2).float(), where.flatten())
         right = (logits.argmax(-1) == target)[target != BLANK].float().mean().item()
-        return reading / count + painting, {"right": right, "painting": painting.item()}
+        numbers = {"right": right, "painting": painting.item(), "placing": placing.item()}
+        return reading / count + painting + 0.1 * placing, numbers
 
     def measure(self) -> dict[str, float]:
         """Share of characters right, in place and order, on pages never trained on."""
@@ -126,7 +138,7 @@ class ReadingTower(Trainee):
                 target = torch.from_numpy(
                     np.stack([patch_targets(glyphs, (12, 12), 14) for _, glyphs, _ in part])
                 )
-                logits, _ = self.features(to_tensor(np.stack([image for image, _, _ in part])))
+                logits, _, _ = self.features(to_tensor(np.stack([image for image, _, _ in part])))
                 inked = target != BLANK
                 hits += int((logits.argmax(-1) == target)[inked].sum())
                 total += int(inked.sum())
