@@ -12,7 +12,7 @@ from transformers import LlavaNextConfig
 
 __all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "PACKINGS", "PROXY_KINDS", "ProxyVConfig"]
 
-PROXY_KINDS = ("spatial",)
+PROXY_KINDS = ("spatial", "learned")
 DOWNSAMPLE_MODES = ("bilinear", "average")
 LAYOUTS = ("natural", "released")
 PACKINGS = ("crops",)
@@ -25,8 +25,10 @@ class ProxyVConfig(LlavaNextConfig):
         start_layer: index of the first ProxyV decoder layer, from 0 to the last layer; None
             builds the baseline, every layer an ordinary one.
         side_reduction: factor r by which a crop's side shrinks; a crop of s x s full tokens gets
-            (s / r) x (s / r) proxies. Must divide s.
-        proxy_kind: how proxies are made; "spatial" downsamples each crop.
+            (s / r) x (s / r) proxies. Must divide s where proxies are spatial.
+        proxy_kind: how proxies are made; "spatial" downsamples each crop, "learned" lets learned
+            queries attend to it.
+        learned_proxies: proxies of each crop where they are learned; None for s * s // r**2.
         downsample: "bilinear" (no antialiasing: what the released weights expect) or "average"
             (mean of each r x r block).
         layout: "natural" (each newline follows its crop) or "released" (positions of the released
@@ -50,6 +52,7 @@ class ProxyVConfig(LlavaNextConfig):
     start_layer: int | None = None
     side_reduction: int = 4
     proxy_kind: str = "spatial"
+    learned_proxies: int | None = None
     downsample: str = "bilinear"
     layout: str = "natural"
     guided_ratio: float | None = None
@@ -71,8 +74,12 @@ class ProxyVConfig(LlavaNextConfig):
 
     @property
     def proxies_per_crop(self) -> int:
-        """Proxies of one crop, (s / r) ** 2."""
-        return (self.side // self.side_reduction) ** 2
+        """Proxies of one crop: (s / r) ** 2, or what ``learned_proxies`` says."""
+        if self.proxy_kind == "spatial":
+            return (self.side // self.side_reduction) ** 2
+        if self.learned_proxies is not None:
+            return self.learned_proxies
+        return self.side**2 // self.side_reduction**2
 
     @property
     def guided_width(self) -> int:
@@ -96,6 +103,7 @@ class ProxyVConfig(LlavaNextConfig):
             raise ValueError(
                 f"side_reduction must be a positive integer, got {self.side_reduction!r}"
             )
+        self._check_learned_proxies()
         ratio = self.guided_ratio
         if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 4):
             raise ValueError(
@@ -109,11 +117,27 @@ class ProxyVConfig(LlavaNextConfig):
                 f"start_layer={self.start_layer!r} is not a layer of the language model: use an "
                 f"integer from 0 to {layers - 1} (it has {layers} layers), or null for the baseline"
             )
-        if self.side % self.side_reduction != 0:
+        if self.proxy_kind == "spatial" and self.side % self.side_reduction != 0:
             divisors = [r for r in range(1, self.side + 1) if self.side % r == 0]
             raise ValueError(
                 f"side_reduction={self.side_reduction} does not divide the crop side of "
                 f"{self.side} patches: use one of {divisors}"
+            )
+        if self.proxies_per_crop < 1:
+            raise ValueError(
+                f"side_reduction={self.side_reduction} leaves a crop of {self.side}**2 tokens no "
+                f"proxy: use at most {self.side}, or set learned_proxies"
+            )
+
+    def _check_learned_proxies(self) -> None:
+        """Check how many learned proxies a crop has."""
+        count = self.learned_proxies
+        if count is not None and (not _is_int(count) or count < 1):
+            raise ValueError(f"learned_proxies must be a positive integer or null, got {count!r}")
+        if count is not None and self.proxy_kind != "learned":
+            raise ValueError(
+                f"learned_proxies={count} needs proxy_kind 'learned', but it is "
+                f"{self.proxy_kind!r}: spatial proxies follow from side_reduction"
             )
 
 

@@ -177,10 +177,29 @@ class Oracle:
             small = F.interpolate(grid, scale_factor=1 / r, mode="bilinear", align_corners=False)
         return small.permute(0, 2, 3, 1).reshape(-1, full.shape[-1])
 
-    def guided_update(self, index: int, full: Tensor, proxies: Tensor, side: int) -> Tensor:
-        """Token by token, with the proxy that covers it."""
+    def learn_proxies(self, index: int, full: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """(C*s*s, D) -> proxies (C*m, D) and each token's shares of its crop's (C*s*s, m)."""
+        queries = self.weights[f"model.language_model.layers.{index}.proxy_initializer.queries"]
+        keys = self.layer(index, "proxy_initializer.key_proj")
+        proxies, shares = [], []
+        for crop in full.split(side * side):
+            scores = queries @ (crop @ keys.T).T / math.sqrt(queries.shape[1])  # (m, s*s)
+            proxies.append(scores.softmax(-1) @ crop)
+            shares.append(scores.T.softmax(-1))
+        return torch.cat(proxies), torch.cat(shares)
+
+    def context(self, number: int, proxies: Tensor, shares: Tensor | None, side: int) -> Tensor:
+        """What the proxies tell one full token: the one that covers it, or its mixture of them."""
+        crop, place = divmod(number, side * side)
+        if shares is not None:
+            m = shares.shape[1]
+            return shares[number] @ proxies[crop * m : (crop + 1) * m]
         r = self.config.side_reduction
-        small = side // r
+        y, z = divmod(place, side)
+        return proxies[crop * (side // r) ** 2 + (y // r) * (side // r) + z // r]
+
+    def guided_update(self, index: int, full: Tensor, proxies: Tensor, shares, side: int) -> Tensor:
+        """Token by token."""
         merge = torch.cat(
             [
                 self.layer(index, "guided_update.merge_input"),
@@ -190,9 +209,7 @@ class Oracle:
         )
         out = []
         for number, x in enumerate(full):
-            crop, place = divmod(number, side * side)
-            y, z = divmod(place, side)
-            proxy = proxies[crop * small * small + (y // r) * small + z // r]
+            proxy = self.context(number, proxies, shares, side)
             joined = torch.cat(
                 [
                     self.layer(index, "guided_update.input_proj") @ x,
@@ -248,20 +265,24 @@ class Oracle:
         """(S, D) -> (S, D) through all layers from ``start`` on."""
         is_full = [i for i, token in enumerate(tokens) if token.kind == "full"]
         others = [i for i, token in enumerate(tokens) if token.kind != "full"]
-        per_crop = (side // self.config.side_reduction) ** 2
+        shares = None
+        if self.config.proxy_kind == "learned":
+            proxies, shares = self.learn_proxies(start, x[is_full], side)
+        else:
+            proxies = self.make_proxies(x[is_full], side)
+        per_crop = len(proxies) // sum(len(image) for image in features)
         proxy_tokens = [
             Token("proxy", first + number, which)
             for which, (first, image) in enumerate(zip(starts, features, strict=True))
             for number in range(len(image) * per_crop)
         ]
-        proxies = self.make_proxies(x[is_full], side)
         for index in range(start, self.text.num_hidden_layers):
             everything = torch.cat([x, proxies])
             all_tokens = [*tokens, *proxy_tokens]
             queries = [*others, *range(len(x), len(everything))]
             out = self.attend(index, everything, queries, all_tokens, self.sees)
             proxies = out[len(others) :]
-            full = self.guided_update(index, x[is_full], proxies, side)
+            full = self.guided_update(index, x[is_full], proxies, shares, side)
             order = torch.tensor([*others, *is_full]).argsort()
             x = torch.cat([out[: len(others)], full])[order]
         return x

@@ -81,6 +81,23 @@ def test_another_start_layer_is_refused(theirs, ours, words) -> None:
         assert word in str(error.value)
 
 
+def test_learned_proxies_go_by_the_released_names() -> None:
+    model = tiny_model(start_layer=2, proxy_kind="learned", learned_proxies=3)
+    released = to_released(model.state_dict(), 2)
+    assert released["model.proxyv_initializer.proxyv_tokens"].shape == (3, 16)
+    assert released["model.proxyv_initializer.Wk.weight"].shape == (16, 32)
+    assert from_released(released, 2).keys() == model.state_dict().keys()
+    other = ProxyVForConditionalGeneration(model.config)
+    load_released(other, released)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"learned proxies, but .*proxy_kind='spatial'"):
+        load_released(tiny_model(start_layer=2), released)
+    spatial = to_released(tiny_model(start_layer=2).state_dict(), 2)
+    with pytest.raises(ValueError, match=r"spatial proxies, but .*proxy_kind='learned'"):
+        load_released(model, spatial)
+
+
 def test_half_of_a_pair_is_refused() -> None:
     state = dict(tiny_model(start_layer=3).state_dict())
     del state["model.language_model.layers.3.guided_update.merge_context.weight"]
@@ -126,5 +143,9 @@ def test_released_configuration() -> None:
     assert qwen.text_config.model_type == "qwen2"
     with pytest.raises(ValueError, match=r"'llava_mpt' .* llava_llama, llava_phi, llava_qwen"):
         released_config({**RELEASED, "model_type": "llava_mpt"}, vision)
-    with pytest.raises(ValueError, match="learn_proxy"):
-        released_config({**RELEASED, "learn_proxy": True}, vision)
+    learned = released_config({**RELEASED, "learn_proxy": True, "per_crop_token_len": 16}, vision)
+    assert (learned.proxy_kind, learned.learned_proxies, learned.proxies_per_crop) == (
+        "learned",
+        4,
+        4,
+    )

@@ -34,7 +34,10 @@ def test_guided_width(width: int, ratio: float | None, expected: int) -> None:
         ({"start_layer": "2"}, ["start_layer='2'"]),
         ({"side_reduction": 3}, ["side_reduction=3", "4 patches", "[1, 2, 4]"]),
         ({"side_reduction": 0}, ["side_reduction", "0"]),
-        ({"proxy_kind": "magic"}, ["proxy_kind='magic'", "spatial"]),
+        ({"proxy_kind": "magic"}, ["proxy_kind='magic'", "spatial, learned"]),
+        ({"learned_proxies": 3}, ["learned_proxies=3", "proxy_kind 'learned'", "'spatial'"]),
+        ({"proxy_kind": "learned", "learned_proxies": 0}, ["learned_proxies", "positive", "0"]),
+        ({"proxy_kind": "learned", "side_reduction": 5}, ["side_reduction=5", "at most 4"]),
         ({"downsample": "nearest"}, ["downsample='nearest'", "bilinear, average"]),
         ({"layout": "old"}, ["layout='old'", "natural, released"]),
         ({"packing": "tight"}, ["packing='tight'", "crops"]),
@@ -51,6 +54,11 @@ def test_bad_options_are_named_with_what_is_allowed(options: dict, words: list[s
 
 def test_a_reduction_that_does_not_divide_is_fine_without_proxies() -> None:
     assert tiny_config(start_layer=None, side_reduction=3).start_layer is None
+
+
+def test_learned_proxies_are_counted_by_the_reduction_or_by_hand() -> None:
+    assert tiny_config(proxy_kind="learned", side_reduction=3).proxies_per_crop == 1
+    assert tiny_config(proxy_kind="learned", learned_proxies=7).proxies_per_crop == 7
 
 
 def test_round_trip_through_a_folder(tmp_path) -> None:

@@ -157,8 +157,9 @@ def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss, {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def test_gradient_checkpointing_changes_nothing_and_reentrant_is_refused(generator) -> None:
-    model = tiny_model(start_layer=1).train()
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_gradient_checkpointing_changes_nothing_and_reentrant_is_refused(kind, generator) -> None:
+    model = tiny_model(start_layer=1, proxy_kind=kind).train()
     rows = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4])]
     batch = collate(rows)
     loss, gradients = loss_and_gradients(model, batch)
@@ -183,6 +184,19 @@ def test_only_the_last_guided_update_is_frozen_and_everything_else_learns(genera
     for name in language:
         if name not in frozen:
             assert float(gradients[name].abs().max()) > 0, name
+
+
+def test_learned_proxies_learn_unless_nothing_reads_them(generator) -> None:
+    for start_layer, names in ((1, set()), (3, {"queries", "key_proj.weight"})):
+        model = tiny_model(start_layer=start_layer, proxy_kind="learned", learned_proxies=3)
+        batch = collate([sample([2, "2", 3], model.config, generator)])
+        _, gradients = loss_and_gradients(model.train(), batch)
+        frozen = {n.split("initializer.")[1] for n in model.freeze_unused() if "initializer" in n}
+        assert frozen == names
+        prefix = f"model.language_model.layers.{start_layer}.proxy_initializer."
+        learned = {n for n in gradients if "initializer" in n}
+        assert learned == (set() if names else {prefix + "queries", prefix + "key_proj.weight"})
+        assert all(float(gradients[name].abs().max()) > 0 for name in learned)
 
 
 def test_a_batch_without_images_gives_the_new_modules_zero_gradients(generator) -> None:

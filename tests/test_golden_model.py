@@ -47,8 +47,6 @@ class Case:
             self.meta = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         raw = json.loads(self.meta["config"])
-        if raw.get("learn_proxy"):
-            pytest.skip("non-spatial proxies are not supported yet")
         self.state = {
             name.removeprefix("weight."): tensor
             for name, tensor in tensors.items()

@@ -40,7 +40,7 @@ def masks(batch: list[list[int | str]], side: str) -> tuple[torch.Tensor, torch.
 def lay_out(batch, side="right", released=False) -> tuple[SequenceLayout, torch.Tensor]:
     image, real, crops = masks(batch, side)
     spans = find_images(image, crops, PER_CROP)
-    return build_layout(spans, real, SIDE, REDUCE, released=released), real
+    return build_layout(spans, real, SIDE, (SIDE // REDUCE) ** 2, released=released), real
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -45,6 +45,7 @@ options = st.fixed_dictionaries(
         "start_layer": st.sampled_from([None, 0, 1, 2]),
         "side_reduction": st.sampled_from([1, 2, 4]),
         "downsample": st.sampled_from(["bilinear", "average"]),
+        "kind": st.sampled_from(["spatial", {"proxy_kind": "learned", "learned_proxies": 3}]),
         "layout": st.sampled_from(["natural", "released"]),
         "guided_ratio": st.sampled_from([None, 0.25]),
         "attention": st.sampled_from(["eager", "sdpa"]),
@@ -55,7 +56,9 @@ options = st.fixed_dictionaries(
 
 def check_batch_against_oracle(batch, side, chosen) -> None:
     """Logits of a padded batch, cached and not, against the oracle sample by sample."""
-    model = tiny_model(text={"num_hidden_layers": 3}, **chosen)
+    kind = {} if chosen["kind"] == "spatial" else chosen["kind"]
+    others = {name: value for name, value in chosen.items() if name != "kind"}
+    model = tiny_model(text={"num_hidden_layers": 3}, **others, **kind)
     generator = torch.Generator().manual_seed(chosen["seed"])
     samples = [sample(parts, model.config, generator) for parts in batch]
     inputs = collate(samples, side)
@@ -98,9 +101,17 @@ def test_where_images_stand(parts, layout, generator) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("layout", ["natural", "released"])
-def test_loss_and_gradients_equal_the_oracles(attention, layout, generator) -> None:
-    model = tiny_model(attention=attention, layout=layout, start_layer=1).double().train()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "natural"},
+        {"layout": "released"},
+        {"proxy_kind": "learned", "learned_proxies": 3},
+    ],
+    ids=["natural", "released", "learned"],
+)
+def test_loss_and_gradients_equal_the_oracles(attention, options, generator) -> None:
+    model = tiny_model(attention=attention, start_layer=1, **options).double().train()
     samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4])]
     inputs = collate(samples)
     inputs["pixel_values"] = inputs["pixel_values"].double()
@@ -327,15 +338,16 @@ def test_saving_and_loading_by_the_auto_class(tmp_path, generator) -> None:
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_missing_weights_are_drawn_as_new_ones(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_missing_weights_are_drawn_as_new_ones(kind, tmp_path) -> None:
     """A baseline folder loaded with a start layer: only the guided updates are new."""
     model = tiny_model(start_layer=None)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
     loaded, report = ProxyVForConditionalGeneration.from_pretrained(
-        tmp_path, start_layer=1, output_loading_info=True
+        tmp_path, start_layer=1, proxy_kind=kind, output_loading_info=True
     )
-    assert report["missing_keys"] and all("guided_update" in n for n in report["missing_keys"])
+    assert {parameter_part(name) for name in report["missing_keys"]} == {"proxyv"}
     for name, parameter in loaded.named_parameters():
         if name not in report["missing_keys"]:
             assert torch.equal(parameter, model.get_parameter(name))
@@ -352,6 +364,7 @@ def assert_new_modules_are_drawn_as_the_authors(model, guided_only=False) -> Non
         "merge_input": 2 * hidden,
         "merge_context": 2 * hidden,
         "output_proj": hidden,
+        "key_proj": width,
         "linear_1": config.vision_config.hidden_size,
         "linear_2": width,
     }
@@ -364,6 +377,10 @@ def assert_new_modules_are_drawn_as_the_authors(model, guided_only=False) -> Non
         kind = name.split(".")[-2]
         if kind == "norm":
             assert (parameter == 1).all()
+            continue
+        if kind == "proxy_initializer":  # the queries
+            std = float(parameter.detach().std())
+            assert std == pytest.approx((4 * hidden) ** -0.5, rel=0.2), name
             continue
         bound = fan_in[kind] ** -0.5
         assert float(parameter.detach().abs().max()) <= bound, name
@@ -410,9 +427,10 @@ def test_from_backbones(backbones) -> None:
         build(vision, language, config_overrides={"start_layer": 9})
 
 
-def test_building_from_a_configuration_draws_the_same_distributions() -> None:
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_building_from_a_configuration_draws_the_same_distributions(kind) -> None:
     torch.manual_seed(0)
-    model = ProxyVForConditionalGeneration(tiny_config(start_layer=1))
+    model = ProxyVForConditionalGeneration(tiny_config(start_layer=1, proxy_kind=kind))
     assert_new_modules_are_drawn_as_the_authors(model)
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from proxyv.model.guided_update import FreshLinear, GuidedUpdate
-from proxyv.model.proxies import add_to_blocks, make_spatial_proxies
+from proxyv.model.guided_update import GuidedUpdate
+from proxyv.model.linear import FreshLinear
+from proxyv.model.proxies import (
+    ProxyInitializer,
+    add_by_splat,
+    add_to_blocks,
+    make_spatial_proxies,
+)
 
 
 @pytest.mark.parametrize(("side", "reduce"), [(24, 4), (12, 4), (12, 3), (4, 1), (6, 6), (10, 5)])
@@ -63,3 +73,91 @@ def test_fresh_weights_are_uniform_within_the_bound() -> None:
     assert layer.bias is None
     assert 0.98 * bound < float(layer.weight.detach().abs().max()) <= bound
     assert abs(float(layer.weight.detach().std()) - bound / 3**0.5) < 0.02 * bound
+
+
+@pytest.mark.parametrize("num_proxies", [1, 5, 16])
+def test_learned_proxies_crop_by_crop(num_proxies: int) -> None:
+    torch.manual_seed(0)
+    make = ProxyInitializer(8, 6, num_proxies).double()
+    full = torch.randn(2, 3 * 10, 8).double()
+    proxies, splat = make(full, 10)
+    assert proxies.shape == (2, 3 * num_proxies, 8)
+    assert splat.shape == (2, 3, 10, num_proxies)
+    crop = full[1, 10:20]
+    scores = make.queries @ make.key_proj(crop).T / 6**0.5
+    rows = slice(num_proxies, 2 * num_proxies)
+    torch.testing.assert_close(proxies[1, rows], scores.softmax(-1) @ crop, atol=1e-6, rtol=0)
+    torch.testing.assert_close(splat[1, 1], scores.T.softmax(-1), atol=1e-6, rtol=0)
+    added = add_by_splat(full, proxies, splat)[1, 10:20]
+    torch.testing.assert_close(added, crop + splat[1, 1] @ proxies[1, rows])
+    with pytest.raises(ValueError, match=r"30 full tokens .* crops of 7"):
+        make(full, 7)
+
+
+def test_masked_tokens_leave_no_trace_in_learned_proxies() -> None:
+    torch.manual_seed(0)
+    make = ProxyInitializer(8, 6, 3)
+    full = torch.randn(1, 12, 8)
+    valid = torch.tensor([[True] * 4 + [False] * 2 + [True] * 6])
+    proxies, splat = make(full, 6, valid)
+    alone, shares = make(full[:, :4], 4)
+    torch.testing.assert_close(proxies[:, :3], alone)
+    torch.testing.assert_close(splat[:, :1, :4], shares)
+    assert splat[0, 0, 4:].abs().max() == 0
+    torch.testing.assert_close(proxies[:, 3:], make(full[:, 6:], 6)[0])
+    empty, nothing = make(full, 6, torch.zeros(1, 12, dtype=torch.bool))
+    assert torch.isfinite(empty).all() and nothing.abs().max() == 0
+
+
+def test_the_splat_commutes_with_the_projections_of_the_context() -> None:
+    torch.manual_seed(0)
+    update = GuidedUpdate(8, 6, torch.nn.RMSNorm(8, eps=1e-6)).double()
+    full, proxies = torch.randn(2, 20, 8).double(), torch.randn(2, 6, 8).double()
+    splat = torch.randn(2, 2, 10, 3).double().softmax(-1)
+    context = (splat @ proxies.view(2, 2, 3, 8)).flatten(1, 2)
+    joined = torch.cat([update.input_proj(full), update.context_proj(context)], dim=-1)
+    merge = torch.cat([update.merge_input.weight, update.merge_context.weight], dim=1)
+    expected = update.norm(full + update.output_proj(F.silu(joined @ merge.T)))
+    torch.testing.assert_close(update(full, proxies, 0, 0, splat), expected)
+
+
+def golden_sets() -> list:
+    folder = os.environ.get("PROXYV_GOLDEN")
+    files = sorted(Path(folder).glob("reduction/*_proxyv_learned.safetensors")) if folder else []
+    skip = pytest.mark.skip(reason="PROXYV_GOLDEN names no folder with *_proxyv_learned")
+    return [pytest.param(path, id=path.stem) for path in files] or [
+        pytest.param(None, marks=skip, id="none")
+    ]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", golden_sets())
+def test_learned_proxies_are_the_authors(path: Path) -> None:
+    tensors = load_file(path)
+    full, splat = tensors["full_tokens"], tensors["splat_attn"]
+    B, D = full.shape[0], full.shape[-1]
+    crop_tokens, m = splat.shape[1:]
+    make = ProxyInitializer(D, tensors["init.Wk.weight"].shape[0], m)
+    make.load_state_dict(
+        {"queries": tensors["init.proxyv_tokens"], "key_proj.weight": tensors["init.Wk.weight"]}
+    )
+    width = tensors["mlp.input_proj.weight"].shape[0]
+    update = GuidedUpdate(D, width, torch.nn.RMSNorm(D, eps=1e-5))
+    merge_input, merge_context = tensors["mlp.proj.0.weight"].chunk(2, dim=1)
+    update.load_state_dict(
+        {
+            "input_proj.weight": tensors["mlp.input_proj.weight"],
+            "context_proj.weight": tensors["mlp.context_proj.weight"],
+            "merge_input.weight": merge_input,
+            "merge_context.weight": merge_context,
+            "output_proj.weight": tensors["mlp.proj.2.weight"],
+            "norm.weight": tensors["mlp.layernorm_post.weight"],
+        }
+    )
+    with torch.no_grad():
+        proxies, ours = make(full, crop_tokens)
+        out = update(full, tensors["updated_proxy"], 0, 0, ours)
+    close = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(proxies, tensors["proxy_tokens"], **close)
+    torch.testing.assert_close(ours, splat.view(B, -1, crop_tokens, m), **close)
+    torch.testing.assert_close(out, tensors["out_full_tokens"], **close)

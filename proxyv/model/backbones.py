@@ -7,11 +7,13 @@ from torch import nn
 
 __all__ = ["adopt", "materialise"]
 
+_FRESH = (".guided_update.", ".proxy_initializer.")
+
 
 def adopt(target: nn.Module, source: nn.Module, name: str) -> None:
-    """Move a backbone's weights into a module on the meta device; guided updates stay there."""
+    """Move a backbone's weights into a module on the meta device; new modules stay there."""
     missing, unexpected = target.load_state_dict(source.state_dict(), strict=False, assign=True)
-    missing = [key for key in missing if ".guided_update." not in key]
+    missing = [key for key in missing if not any(mark in key for mark in _FRESH)]
     if missing or unexpected:
         raise ValueError(
             f"{name} does not fit its configuration: missing {missing}, unexpected {unexpected}"

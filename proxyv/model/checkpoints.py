@@ -2,7 +2,8 @@
 
 The released layout is LLaVA's: one flat ``model.`` with the language model at the top, the
 projector as ``mm_projector``, and one ``vision_mlp_layers.k`` for decoder layer start + k. The two
-halves of its ``proj.0`` are two weights here (see ``guided_update.py``).
+halves of its ``proj.0`` are two weights here (see ``guided_update.py``). What makes learned proxies
+is ``proxyv_initializer`` there and a part of the first ProxyV layer here.
 
 Source: released checkpoints and the authors' model classes (names and shapes).
 """
@@ -42,6 +43,8 @@ _GUIDED = {
     "proj.2.weight": "output_proj.weight",
     "layernorm_post.weight": "norm.weight",
 }
+_INITIALIZER = {"proxyv_tokens": "queries", "Wk.weight": "key_proj.weight"}
+_INITIALIZER_BACK = {ours: theirs for theirs, ours in _INITIALIZER.items()}
 _GUIDED_BACK = {ours: theirs for theirs, ours in _GUIDED.items()}
 
 
@@ -58,6 +61,11 @@ def from_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        made = re.fullmatch(r"model\.proxyv_initializer\.(.+)", name)
+        if made is not None and start_layer is not None:
+            prefix = f"model.language_model.layers.{start_layer}.proxy_initializer."
+            renamed[prefix + _INITIALIZER.get(made[1], made[1])] = tensor
+            continue
         match = re.fullmatch(r"model\.vision_mlp_layers\.(\d+)\.(.+)", name)
         if match is None or start_layer is None:
             renamed[_rename(name, _RENAMES)] = tensor
@@ -88,6 +96,11 @@ def to_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[st
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        made = re.fullmatch(r"model\.language_model\.layers\.\d+\.proxy_initializer\.(.+)", name)
+        if made is not None:
+            part = _INITIALIZER_BACK.get(made[1], made[1])
+            renamed[f"model.proxyv_initializer.{part}"] = tensor
+            continue
         match = re.fullmatch(r"model\.language_model\.layers\.(\d+)\.guided_update\.(.+)", name)
         if match is None:
             renamed[_rename(name, _BACK)] = tensor
@@ -115,10 +128,12 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: another number of guided updates than the model has (another start layer, or
-            a baseline), or missing, unexpected or differently shaped tensors, all named.
+            a baseline), learned proxies in place of spatial ones or the other way, or missing,
+            unexpected or differently shaped tensors, all named.
     """
     config: ProxyVConfig = model.config  # type: ignore[assignment]
     _check_start_layer(state, config)
+    _check_proxy_kind(state, config)
     loaded = from_released(state, config.start_layer)
     own = model.state_dict()
     if any(name.startswith("model.vision_tower.vision_model.") for name in own):
@@ -168,8 +183,6 @@ def released_config(
     Raises:
         ValueError: a released option that this model does not have.
     """
-    if raw.get("learn_proxy"):
-        raise ValueError("learn_proxy=true: non-spatial proxies are not supported")
     if family is None:
         released_as = raw.get("model_type")
         if released_as not in _FAMILIES:
@@ -187,6 +200,11 @@ def released_config(
     options: dict[str, Any] = {}
     if pinpoints is not None:
         options["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
+    reduction = raw.get("proxyv_reduce_factor", 4)
+    if raw.get("learn_proxy"):
+        options["proxy_kind"] = "learned"
+        if raw.get("per_crop_token_len") is not None:
+            options["learned_proxies"] = raw["per_crop_token_len"] // reduction**2
     return ProxyVConfig(
         vision_config=vision_config,
         text_config={**text, "model_type": family},
@@ -197,7 +215,7 @@ def released_config(
         ),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         start_layer=raw["proxyv_start_layer"] if raw.get("proxyv") else None,
-        side_reduction=raw.get("proxyv_reduce_factor", 4),
+        side_reduction=reduction,
         layout="released",
         **options,
     )
@@ -229,4 +247,17 @@ def _check_start_layer(state: Mapping[str, Tensor], config: ProxyVConfig) -> Non
         raise ValueError(
             f"the checkpoint holds {len(found)} guided updates, which is {theirs} at {layers} "
             f"layers, but the model has start_layer={config.start_layer}"
+        )
+
+
+def _check_proxy_kind(state: Mapping[str, Tensor], config: ProxyVConfig) -> None:
+    """Refuse a checkpoint whose proxies are made in another way than the model's."""
+    if config.start_layer is None:
+        return
+    learned = any(name.startswith("model.proxyv_initializer.") for name in state)
+    kind = "learned" if learned else "spatial"
+    if kind != config.proxy_kind:
+        raise ValueError(
+            f"the checkpoint has {kind} proxies, but the model has proxy_kind="
+            f"{config.proxy_kind!r}: build the model with proxy_kind={kind!r}"
         )

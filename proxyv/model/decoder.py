@@ -3,8 +3,9 @@
 A ProxyV layer is a stock layer plus a guided update. Where no image is being read (decoding, text
 only) it runs its stock forward. Where one is, the rows travel in two streams,
 ``main = [proxy | light]`` (B, P+L, D) and ``full`` (B, F, D): the first ProxyV layer splits the
-natural sequence, each hands ``(None, main, full)`` on, and the last joins them again. Keys and
-values enter the cache in natural order and never hold a proxy.
+natural sequence, each hands ``(None, main, full, splat)`` on, and the last joins them again;
+``splat`` is the matrix of learned proxies, None for spatial ones. Keys and values enter the cache
+in natural order and never hold a proxy.
 
 Source: paper section 3.2; authors' modified LlamaDecoderLayer. Differs: no S x S mask, streams
     are split and joined once, the last layer updates no full token and makes no proxy.
@@ -23,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import SequenceLayout
-from proxyv.model.proxies import make_spatial_proxies
+from proxyv.model.proxies import ProxyInitializer, make_spatial_proxies
 
 __all__ = [
     "DecoderOptions",
@@ -44,6 +45,7 @@ class DecoderOptions:
         downsample: "bilinear" or "average".
         guided_width: hidden width of the guided update.
         released: positions of the released weights.
+        learned_proxies: learned proxies of each crop; None for spatial ones.
     """
 
     start_layer: int | None
@@ -51,6 +53,7 @@ class DecoderOptions:
     downsample: str
     guided_width: int
     released: bool
+    learned_proxies: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,16 @@ class ProxyVLayerMixin:
         self.weights_tap = WeightsTap()
         self.side_reduction = options.side_reduction
         self.downsample = options.downsample
+        self.proxy_initializer: ProxyInitializer | None = None
+        if options.learned_proxies is not None and layer_idx == options.start_layer:
+            self.proxy_initializer = ProxyInitializer(
+                config.hidden_size, options.guided_width, options.learned_proxies
+            )
         self.is_last = layer_idx == config.num_hidden_layers - 1
-        if self.is_last:  # nothing reads what it would write, so it never gets a gradient
-            self.guided_update.requires_grad_(False)
+        if self.is_last:  # nothing reads what these would write, so they never get a gradient
+            for unused in (self.guided_update, self.proxy_initializer):
+                if unused is not None:
+                    unused.requires_grad_(False)
 
     def _project(self, rows: Tensor, with_query: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Query (or None), key and value, each (B, H, N, h), of normalised rows (B, N, D).
@@ -169,8 +179,8 @@ class ProxyVLayerMixin:
         """Run the layer.
 
         Args:
-            hidden_states: natural rows (B, S, D), or ``(natural or None, main, full)`` as the
-                ProxyV layer before hands them on.
+            hidden_states: natural rows (B, S, D), or ``(natural or None, main, full, splat)`` as
+                the ProxyV layer before hands them on.
             *args: passed to the stock layer.
             streams: set while images are being read; None runs the stock layer.
             past_key_values: the cache.
@@ -178,13 +188,13 @@ class ProxyVLayerMixin:
 
         Returns:
             Natural rows (B, S, D) from a stock run and from the last layer, else
-            ``(natural or None, main, full)``.
+            ``(natural or None, main, full, splat)``.
         """
         if streams is None:
             return super().forward(  # type: ignore[misc]
                 hidden_states, *args, past_key_values=past_key_values, **kwargs
             )
-        main, full = self._enter(hidden_states, streams.layout)
+        main, full, splat = self._enter(hidden_states, streams.layout)
         num_proxies = main.shape[1] - streams.layout.light_index.shape[1]
         attended = self._attend(main, full, num_proxies, streams, past_key_values)
         main = main + self._after_attention(attended)
@@ -193,23 +203,29 @@ class ProxyVLayerMixin:
         if self.is_last:
             return streams.layout.join(light, full)
         full = self.guided_update(
-            full, main[:, :num_proxies], streams.layout.side, self.side_reduction
+            full, main[:, :num_proxies], streams.layout.side, self.side_reduction, splat
         )
         natural = streams.layout.join(light, full) if streams.keep_hidden else None
-        return natural, main, full
+        return natural, main, full, splat
 
-    def _enter(self, hidden_states: Any, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def _enter(
+        self, hidden_states: Any, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The streams as this layer needs them; the last layer needs no proxies."""
         if isinstance(hidden_states, tuple):
-            _, main, full = hidden_states
+            _, main, full, splat = hidden_states
             if self.is_last:
                 main = main[:, main.shape[1] - layout.light_index.shape[1] :]
-            return main, full
+            return main, full, splat
         light, full = layout.split(hidden_states)
         if self.is_last:
-            return light, full
-        proxies = make_spatial_proxies(full, layout.side, self.side_reduction, self.downsample)
-        return torch.cat([proxies, light], dim=1), full
+            return light, full, None
+        splat = None
+        if self.proxy_initializer is None:
+            proxies = make_spatial_proxies(full, layout.side, self.side_reduction, self.downsample)
+        else:  # crops that only pad have proxies that only pad, so no token needs a mask
+            proxies, splat = self.proxy_initializer(full, layout.side**2)
+        return torch.cat([proxies, light], dim=1), full, splat
 
     def _heads(self, rows: Tensor) -> Tensor:
         """(B, N, H*h) -> (B, H, N, h)."""

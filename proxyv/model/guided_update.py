@@ -3,43 +3,19 @@
 ``u = W2 SiLU(W1 [W_in x ; W_ctx p])`` and ``x <- RMSNorm(x + u)``, no biases. W1 acts on a
 concatenation and nothing nonlinear stands between, so it is kept here as its two halves:
 ``W1 [a ; b] = W1a a + W1b b``. The half that acts on the proxies is computed once per proxy and
-broadcast over the block of full tokens that the proxy covers; no concatenation is ever built.
+broadcast over the block of full tokens that the proxy covers, or, for learned proxies, mixed by
+their splat matrix, which commutes with it; no concatenation is ever built.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
-from proxyv.model.proxies import add_to_blocks
+from proxyv.model.linear import FreshLinear
+from proxyv.model.proxies import add_by_splat, add_to_blocks
 
-__all__ = ["FreshLinear", "GuidedUpdate"]
-
-
-class FreshLinear(nn.Linear):
-    """A bias-free linear layer that starts uniformly within 1 / sqrt(fan_in), as torch's does.
-
-    It exists so that a model can tell these layers from a backbone's, whose initialisation is
-    normal with a fixed width: weights that are missing from a checkpoint, or materialised after
-    the module was built, get the right distribution too.
-
-    Args:
-        in_features: input width.
-        out_features: output width.
-        fan_in: width that the bound comes from, where this layer is one part of a wider one.
-    """
-
-    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.fan_in = fan_in or in_features
-
-    def init_weights(self) -> None:
-        """Draw the weights; one that was loaded from a checkpoint is left alone."""
-        bound = 1 / math.sqrt(self.fan_in)
-        init.uniform_(self.weight, -bound, bound)
+__all__ = ["GuidedUpdate"]
 
 
 class GuidedUpdate(nn.Module):
@@ -63,19 +39,31 @@ class GuidedUpdate(nn.Module):
         self.output_proj = FreshLinear(width, hidden_size)
         self.norm = norm
 
-    def forward(self, full: Tensor, proxies: Tensor, side: int, reduce: int) -> Tensor:
+    def forward(
+        self,
+        full: Tensor,
+        proxies: Tensor,
+        side: int,
+        reduce: int,
+        splat: Tensor | None = None,
+    ) -> Tensor:
         """Refresh the full tokens.
 
         Args:
             full: (B, C*side*side, D) as they entered the layer.
-            proxies: (B, C*(side//reduce)**2, D) as they leave it.
+            proxies: (B, P, D) as they leave it.
             side: crop side in patches.
-            reduce: side reduction r.
+            reduce: side reduction r of spatial proxies.
+            splat: (B, C, side*side, P/C) shares of learned proxies; None for spatial ones.
 
         Returns:
             (B, C*side*side, D).
         """
         hidden = self.merge_input(self.input_proj(full))  # (B, F, h)
         context = self.merge_context(self.context_proj(proxies))  # (B, P, h)
-        hidden = torch.nn.functional.silu(add_to_blocks(hidden, context, side, reduce))
+        if splat is None:
+            hidden = add_to_blocks(hidden, context, side, reduce)
+        else:
+            hidden = add_by_splat(hidden, context, splat)
+        hidden = torch.nn.functional.silu(hidden)
         return self.norm(full + self.output_proj(hidden))

@@ -16,9 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from proxyv.model.decoder import DecoderOptions, Streams
-from proxyv.model.guided_update import FreshLinear
 from proxyv.model.layout import SequenceLayout
+from proxyv.model.linear import FreshLinear
 from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend
+from proxyv.model.proxies import ProxyInitializer
 
 __all__ = ["ProxyVTextMixin"]
 
@@ -55,7 +56,7 @@ class ProxyVTextMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FreshLinear):
+        if isinstance(module, (FreshLinear, ProxyInitializer)):
             module.init_weights()
         else:
             super()._init_weights(module)  # type: ignore[misc]

@@ -168,7 +168,7 @@ def build_layout(
     spans: Sequence[Sequence[ImageSpan]],
     real: Tensor,
     side: int,
-    side_reduction: int,
+    proxies_per_crop: int,
     *,
     released: bool = False,
 ) -> SequenceLayout:
@@ -178,7 +178,7 @@ def build_layout(
         spans: the images of each row, as ``find_images`` gives them.
         real: (B, S) False where the row is padding.
         side: crop side s in patches.
-        side_reduction: r; must divide ``side``.
+        proxies_per_crop: (s/r)^2 spatial proxies, or any number of learned ones.
         released: use the positions of the released weights: the newline of every crop but an
             image's first sits s*s+1 positions early.
 
@@ -188,7 +188,7 @@ def build_layout(
     Source: authors' prepare_image_information (position ids). Differs: "natural" is new; the
         authors know the released positions only.
     """
-    rows = [_lay_out_row(images, real_row, side, side_reduction, released)
+    rows = [_lay_out_row(images, real_row, side, proxies_per_crop, released)
             for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
     full_index, full_valid = _pad([row.full for row in rows])
     light_index, light_valid = _pad([row.light for row in rows])
@@ -232,11 +232,10 @@ class _Row:
 
 
 def _lay_out_row(
-    images: Sequence[ImageSpan], real: Tensor, side: int, side_reduction: int, released: bool
+    images: Sequence[ImageSpan], real: Tensor, side: int, proxies_per_crop: int, released: bool
 ) -> _Row:
     """Indices of one row; ``real`` is (S,)."""
     per_crop = side * side + 1
-    proxies_per_crop = (side // side_reduction) ** 2
     is_full = torch.zeros_like(real, dtype=torch.bool)
     shift = torch.zeros(real.shape[0], dtype=torch.long)
     full, anchors, offsets = [], [], []

@@ -45,6 +45,7 @@ _PARTS = {
     ".multi_modal_projector.": "projector",
     ".image_newline.": "newline",
     ".guided_update.": "proxyv",
+    ".proxy_initializer.": "proxyv",
     ".language_model.": "language_model",
     ".lm_head.": "lm_head",
 }
@@ -98,6 +99,7 @@ class ProxyVModel(LlavaNextModel):
             downsample=config.downsample,
             guided_width=config.guided_width,
             released=config.layout == "released",
+            learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
         )
         self.language_model = build_language_model(config.text_config, options)
         self.post_init()
@@ -226,7 +228,7 @@ class ProxyVModel(LlavaNextModel):
                 spans,
                 _real_rows(attention_mask, image_mask),
                 self.config.side,
-                self.config.side_reduction,
+                self.config.proxies_per_crop,
                 released=self.config.layout == "released",
             )
         else:
@@ -314,7 +316,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
         return loaded
 
     def freeze_unused(self) -> list[str]:
-        """Freeze the guided update of the last layer, which nothing reads.
+        """Freeze the new modules of the last layer, which nothing reads.
 
         It stays in checkpoints, because the released ones hold it, but never gets a gradient;
         data-parallel training would wait for one. Building and loading a model call this; call
@@ -324,10 +326,10 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             The names of the frozen parameters; none for a baseline.
         """
         layers = self.model.language_model.layers
-        last = f"layers.{len(layers) - 1}.guided_update."
+        last = f".layers.{len(layers) - 1}."
         frozen = []
         for name, parameter in self.named_parameters():
-            if last in name:
+            if last in name and parameter_part(name) == "proxyv":
                 parameter.requires_grad_(False)
                 frozen.append(name)
         return frozen
