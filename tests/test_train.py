@@ -39,6 +39,9 @@ def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+SHORT = {"optim.max_steps": 2, "optim.warmup_ratio": 0, "model.dtype": "float32"}
+
+
 def settings_for(world: Path, stage: str = "pretrain", **more: object) -> Settings:
     return load_settings(ROOT / f"configs/tiny/{stage}.yaml", overrides(world, **more))
 
@@ -73,7 +76,7 @@ def two_stages(world) -> dict[str, Path]:
     """Both stages, two steps each, on two gloo ranks with ZeRO-2 and text-only rows among them."""
     folders = {stage: world / stage for stage in STAGES}
     for stage, folder in folders.items():
-        more = {"run.output_dir": folder, "optim.max_steps": 2, "optim.warmup_ratio": 0}
+        more = {"run.output_dir": folder, **SHORT, "optim.micro_batch": 1}
         if stage == "finetune":
             more["model.init_from"] = folders["pretrain"]
         done = command(world, stage, ranks=2, **more)
@@ -84,7 +87,7 @@ def two_stages(world) -> dict[str, Path]:
 
 def test_a_run_says_what_it_does(two_stages, world):
     text = (world / "pretrain.out").read_text()
-    assert "batch 4 = 2 ranks x 2 rows x 1 accumulated; 2 steps" in text
+    assert "batch 4 = 2 ranks x 1 rows x 2 accumulated; 2 steps" in text
     assert "vision_tower" in text and "frozen" in text
     assert "tokens/s" in text and "% supervised" in text
     assert "Traceback" not in text and "Warning" not in text
@@ -108,7 +111,7 @@ def test_metrics_and_settings_lie_beside_the_run(two_stages, stage):
 
 def test_a_stage_trains_its_parts_and_no_other(two_stages, world):
     set_seed(42)
-    fresh = build(resolve(settings_for(world))).model.state_dict()
+    fresh = build(settings_for(world, **SHORT)).model.state_dict()
     stages = {
         stage: AutoModelForImageTextToText.from_pretrained(folder).state_dict()
         for stage, folder in two_stages.items()
@@ -184,17 +187,44 @@ def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
         settings = settings_for(
             world,
             **{
+                **SHORT,
                 "run.output_dir": tmp_path / str(micro),
-                "model.dtype": "float32",
                 "deepspeed.config": "null",
                 "optim.micro_batch": micro,
-                "optim.max_steps": 3,
-                "optim.warmup_ratio": 0,
             },
         )
         losses.append([entry["loss"] for entry in metrics(in_process(monkeypatch, settings))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][0] != losses[0][2]
+    assert losses[0][0] != losses[0][1]
+
+
+def test_two_ranks_with_deepspeed_do_what_one_process_does(
+    two_stages, world, monkeypatch, tmp_path
+):
+    """ZeRO-2, accumulation and batches of text alone change nothing but where it is computed."""
+    plain = {"run.output_dir": tmp_path / "run", "deepspeed.config": "null", **SHORT}
+    folder = in_process(monkeypatch, settings_for(world, **plain, **{"optim.micro_batch": 4}))
+    for entry, other in zip(metrics(folder), metrics(two_stages["pretrain"]), strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_zero3_gives_the_weights_of_zero2(two_stages, world, tmp_path, stage):
+    more = {"run.output_dir": tmp_path / stage, **SHORT, "optim.micro_batch": 1}
+    if stage == "finetune":
+        more["model.init_from"] = two_stages["pretrain"]
+    zero3 = {"deepspeed.config": "configs/deepspeed/zero3.json"}
+    done = command(world, stage, ranks=2, **more, **zero3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        for folder in (two_stages[stage], tmp_path / stage)
+    )
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_parts_and_groups(world):

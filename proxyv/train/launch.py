@@ -26,8 +26,10 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run ``python -m proxyv.train`` in so many ranks on this machine.
 
     Returns:
-        0, or the exit code of the rank that failed first.
+        0, the exit code of the rank that failed first, or 128 and the number of the signal that
+        ended the launch.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -42,6 +44,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            return 128 + int(error.sigval)
         finally:
             del os.environ[_REPORT]
     return 0
@@ -65,6 +69,8 @@ def prepare_rank(settings: Settings) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # accelerate notes that DeepSpeed, not it, counts accumulation steps: that is meant.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
