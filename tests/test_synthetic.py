@@ -205,3 +205,12 @@ def test_bad_counts(tmp_path: Path) -> None:
 def test_prompt_suffix_by_kind() -> None:
     assert prompt_suffix(draw_page((1, 1), "train", DOCUMENTS)) == DOCUMENT_PROMPT
     assert prompt_suffix(draw_page((1, 1), "train", CHARTS)) == CHART_PROMPT
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_no_seed_fails(split: str) -> None:
+    """A drawn text that does not fit means another draw, never an error."""
+    rng = np.random.default_rng(8)
+    for _ in range(400):
+        page = make_document(rng, split)
+        assert len(page.questions) >= 2

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from proxyv.synthetic.page import Page, Question, Split
-from proxyv.synthetic.sheet import Sheet, random_style
+from proxyv.synthetic.sheet import Sheet, TextTooLong, random_style
 from proxyv.synthetic.words import Words
 
 __all__ = ["LAYOUTS", "make_document", "make_text_page"]
@@ -85,7 +85,7 @@ def make_document(
         words = Words(rng, split)
         try:
             questions = _MAKERS[kind](sheet, words, layout)
-        except _TooLong:
+        except TextTooLong:
             continue
         return Page(
             image=sheet.image,
@@ -125,24 +125,20 @@ def make_text_page(
     return Page(sheet.image, sheet.glyphs, "\n".join(sheet.lines), [], "text/lines", split)
 
 
-class _TooLong(Exception):
-    """A drawn value does not fit; the document is drawn again."""
-
-
 def _ask(words: Words, noun: str, answer: str, kind: str = "lookup") -> Question:
     return Question(words.pick(_ASK).format(noun), (answer,), kind)
 
 
 def _require(sheet: Sheet, text: str, room: float, bold: bool = False) -> None:
     if not sheet.fits(text, room, bold):
-        raise _TooLong
+        raise TextTooLong(text)
 
 
 def _heading(sheet: Sheet, words: Words, title: str, y: float) -> float:
     """A heading, left or centred; returns the y below it."""
     size = sheet.style.size_px + int(words.rng.integers(0, 3))
     if sheet.length(title, bold=True, size_px=size) > sheet.inner:
-        raise _TooLong
+        raise TextTooLong(title)
     if words.rng.random() < 0.5:
         sheet.write(title, sheet.left, y, bold=True, size_px=size)
     else:
@@ -196,7 +192,7 @@ def _form(sheet: Sheet, words: Words, layout: str) -> list[Question]:
             end = sheet.write(field.label, sheet.left, y, bold=bold_label) + 3
             room = sheet.right - end - sheet.length(value) - 3
             if room < 6:
-                raise _TooLong
+                raise TextTooLong(value)
             for dot in np.arange(end, end + room, 4.0):
                 sheet.draw.point((dot, y + style.size_px * 0.8), fill=style.ink)
             sheet.write(value, sheet.right, y, align="right")
@@ -361,7 +357,7 @@ def _letter(sheet: Sheet, words: Words, layout: str) -> list[Question]:
     gap = 3.0 if layout == "spaced" else 0.0
     needed = (step + gap) * len(paragraph) + 2 * step + 8 + (step if layout == "date_last" else 0)
     if y + needed > sheet.height:
-        raise _TooLong
+        raise TextTooLong(body)
     for line in paragraph:
         sheet.write(line, sheet.left, y)
         y += step + gap

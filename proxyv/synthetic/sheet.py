@@ -12,10 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from proxyv.synthetic.fonts import Family, families, load_font
 from proxyv.synthetic.page import Glyph, Split
 
-__all__ = ["Sheet", "Style", "random_style"]
+__all__ = ["Sheet", "Style", "TextTooLong", "random_style"]
 
 Colour = tuple[int, int, int]
 Align = Literal["left", "right", "centre"]
+
+
+class TextTooLong(ValueError):
+    """A text does not fit where it should stand; whoever composes the page draws it again."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ class Sheet:
     ) -> float:
         """Write one line and remember its characters; returns the x behind it.
 
-        Characters that would leave the sheet are an error: a question about a cut-off word would
-        have no fair answer.
+        Raises:
+            TextTooLong: a character would leave the sheet; a question about a cut-off word would
+                have no fair answer.
         """
         size = size_px or self.style.size_px
         face = self.style.bold if bold else self.style.regular
@@ -142,7 +147,7 @@ class Sheet:
         start = {"left": x, "right": x - length, "centre": x - length / 2}[align]
         baseline = y + size * 0.82
         if start < -0.5 or start + length > self.width + 0.5 or baseline > self.height:
-            raise ValueError(f"text {text!r} at ({start:.0f}, {y:.0f}) leaves the sheet")
+            raise TextTooLong(f"text {text!r} at ({start:.0f}, {y:.0f}) leaves the sheet")
         self.draw.text(
             (start, baseline), text, font=font, fill=colour or self.style.ink, anchor="ls"
         )
