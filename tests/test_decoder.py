@@ -186,6 +186,45 @@ def test_only_the_last_guided_update_is_frozen_and_everything_else_learns(genera
             assert float(gradients[name].abs().max()) > 0, name
 
 
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_folding_changes_nothing_but_the_work(kind, generator) -> None:
+    model = tiny_model(start_layer=1, proxy_kind=kind, spread=0.2)
+    batch = collate([sample([2, "2", 3], model.config, generator)])
+    names = set(model.state_dict())
+    with torch.no_grad():
+        plain = model(**batch).logits
+        assert model.fuse() is model
+        update = model.model.language_model.layers[1].guided_update
+        assert tuple(update.fused_input.shape) == (16, 32)
+        update.merge_input.weight.data.mul_(2)  # only what is folded is read
+        folded = model(**batch).logits
+        update.merge_input.weight.data.div_(2)
+    torch.testing.assert_close(folded, plain, atol=1e-5, rtol=0)
+    assert set(model.state_dict()) == names
+    assert model.model.language_model.layers[3].guided_update.fused_input is None
+    assert model.eval().model.language_model.layers[1].guided_update.fused_input is not None
+    assert (
+        model.double().model.language_model.layers[1].guided_update.fused_input.dtype.itemsize == 8
+    )
+    model.float().train()
+    assert update.fused_input is update.fused_context is None
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch).logits, plain)
+    model.fuse().load_state_dict(model.state_dict())
+    assert update.fused_input is None
+
+
+def test_folding_is_refused_in_training_and_over_adapters() -> None:
+    model = tiny_model(start_layer=1)
+    with pytest.raises(ValueError, match=r"eval\(\) first"):
+        model.train().fuse()
+    assert tiny_model(start_layer=None).fuse()
+    update = model.eval().model.language_model.layers[1].guided_update
+    update.input_proj = torch.nn.Sequential(update.input_proj)
+    with pytest.raises(ValueError, match=r"weight of a Sequential: merge adapters"):
+        model.fuse()
+
+
 def test_learned_proxies_learn_unless_nothing_reads_them(generator) -> None:
     for start_layer, names in ((1, set()), (3, {"queries", "key_proj.weight"})):
         model = tiny_model(start_layer=start_layer, proxy_kind="learned", learned_proxies=3)

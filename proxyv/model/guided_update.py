@@ -4,10 +4,13 @@
 concatenation and nothing nonlinear stands between, so it is kept here as its two halves:
 ``W1 [a ; b] = W1a a + W1b b``. The half that acts on the proxies is computed once per proxy and
 broadcast over the block of full tokens that the proxy covers, or, for learned proxies, mixed by
-their splat matrix, which commutes with it; no concatenation is ever built.
+their splat matrix, which commutes with it; no concatenation is ever built. For inference each half
+can be folded with the projection before it, ``(W1a W_in) x``, see ``GuidedUpdate.fuse``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,40 @@ class GuidedUpdate(nn.Module):
         self.merge_context = FreshLinear(width, width, fan_in=2 * width)
         self.output_proj = FreshLinear(width, hidden_size)
         self.norm = norm
+        self.fused_input: Tensor | None
+        self.fused_context: Tensor | None
+        self.register_buffer("fused_input", None, persistent=False)
+        self.register_buffer("fused_context", None, persistent=False)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold each half of W1 with the projection before it, until ``train()`` or ``unfuse()``.
+
+        The weights stay as they are, and so do checkpoints: what is folded, (h, D) twice, comes
+        on top. Loading other weights unfolds; writing into the weights by hand does not.
+
+        Raises:
+            ValueError: in training, or where a weight cannot be read as it is (an adapter,
+                quantised or sharded weights).
+        """
+        if self.training:
+            raise ValueError("fuse() is for inference: call eval() first")
+        self.fused_input = _folded(self.merge_input, self.input_proj)
+        self.fused_context = _folded(self.merge_context, self.context_proj)
+
+    def unfuse(self) -> None:
+        """Forget what was folded."""
+        self.fused_input = self.fused_context = None
+
+    def train(self, mode: bool = True) -> GuidedUpdate:
+        """Set the mode; training unfolds."""
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(
         self,
@@ -59,11 +96,31 @@ class GuidedUpdate(nn.Module):
         Returns:
             (B, C*side*side, D).
         """
-        hidden = self.merge_input(self.input_proj(full))  # (B, F, h)
-        context = self.merge_context(self.context_proj(proxies))  # (B, P, h)
+        if self.fused_input is None or self.fused_context is None:
+            hidden = self.merge_input(self.input_proj(full))  # (B, F, h)
+            context = self.merge_context(self.context_proj(proxies))  # (B, P, h)
+        else:
+            hidden = torch.nn.functional.linear(full, self.fused_input)
+            context = torch.nn.functional.linear(proxies, self.fused_context)
         if splat is None:
             hidden = add_to_blocks(hidden, context, side, reduce)
         else:
             hidden = add_by_splat(hidden, context, splat)
         hidden = torch.nn.functional.silu(hidden)
         return self.norm(full + self.output_proj(hidden))
+
+
+def _folded(outer: nn.Module, inner: nn.Module) -> Tensor:
+    """The weight (h, D) of ``outer(inner(x))``, multiplied in float32 at least."""
+    for layer in (outer, inner):
+        weight: Any = getattr(layer, "weight", None)
+        plain = type(layer) is FreshLinear and weight is not None and weight.dim() == 2
+        if not plain or weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            raise ValueError(
+                f"fuse() cannot read the weight of a {type(layer).__name__}: merge adapters, and "
+                "gather sharded or load unquantised weights first"
+            )
+    left: Any = outer.weight
+    right: Any = inner.weight
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(wide) @ right.to(wide)).to(left.dtype)

@@ -334,6 +334,24 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
                 frozen.append(name)
         return frozen
 
+    def fuse(self) -> ProxyVForConditionalGeneration:
+        """Fold the guided updates for inference: the same numbers, fewer operations.
+
+        Undone by ``train()`` and by loading other weights; checkpoints stay unfolded. A baseline
+        has nothing to fold.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: the model is in training mode, or its weights cannot be read as they are.
+        """
+        for layer in self.model.language_model.layers:
+            update = getattr(layer, "guided_update", None)
+            if update is not None and not layer.is_last:
+                update.fuse()
+        return self
+
     @classmethod
     def from_backbones(
         cls,
