@@ -87,8 +87,9 @@ class GridReader(Trainee):
         self.language = LlamaForCausalLM(config)
         width = config.hidden_size
         self.slots = nn.Embedding(SLOTS * (len(ALPHABET) + 1), width)
-        nn.init.normal_(self.slots.weight, std=0.02)
-        self.cells = nn.Linear(3 * CELLS * CELLS, width)
+        nn.init.normal_(self.slots.weight, std=0.05)
+        self.cells = nn.Linear(3 * CELLS * CELLS, width, bias=False)
+        nn.init.normal_(self.cells.weight, std=0.02)
         self.places = nn.Embedding(PAGE_TOKENS - 1, width)  # as a tower's features have them
         nn.init.normal_(self.places.weight, std=0.02)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
@@ -124,7 +125,10 @@ class GridReader(Trainee):
         B = len(slots)
         offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
-        grid = written.sum(2) + self.cells(colour_cells(images, 14)) + self.places.weight
+        colours = colour_cells(images, 14)
+        # Relative to the paper: else its constant colour drowns what is written on it.
+        colours = colours - colours.median(dim=1, keepdim=True).values
+        grid = written.sum(2) + self.cells(colours) + self.places.weight
         return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
 
     def logits(self, slots: Tensor, images: Tensor, ids: Tensor) -> Tensor:
