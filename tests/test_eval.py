@@ -163,6 +163,7 @@ def test_every_sample_has_one_line_with_its_evidence(tmp_path: Path) -> None:
         "kind": None,
         "document": "1",
         "image_index": 3,
+        "details": {},
         "error": None,
     }
     assert result["scores"]["anls"]["value"] == 1.0

@@ -1,4 +1,7 @@
-"""Evaluate a model on benchmarks: ``python -m proxyv.eval --model DIR --tasks docvqa,chartqa``."""
+"""Evaluate a model on benchmarks: ``python -m proxyv.eval --model DIR --tasks docvqa,chartqa``.
+
+``python -m proxyv.eval rescore RUN`` scores the stored answers of a run again, without the model.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ from rich.console import Console
 
 from proxyv.cli import run_command
 from proxyv.eval.answerer import Answerer, check_model_name
-from proxyv.eval.benchmarks import BENCHMARKS, select
+from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages, select
 from proxyv.eval.controls import CONTROLS, check_control
 from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
 from proxyv.eval.records import write_json
 from proxyv.eval.report import results_table
+from proxyv.eval.rescore import main as rescore_main
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import load_rows
 
@@ -34,10 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m proxyv.eval",
         description="Score a model on benchmarks. A run that was stopped goes on where it was.",
+        epilog="python -m proxyv.eval rescore RUN scores stored answers again, without the model; "
+        f"groups of tasks, whose average is given as well: {_group_help()}",
     )
     add = parser.add_argument
     add("--model", required=True, help="model folder, or hub id")
-    add("--tasks", required=True, help=f"names with commas between: {', '.join(BENCHMARKS)}")
+    names = ", ".join([*BENCHMARKS, *GROUPS])
+    add("--tasks", required=True, help=f"names with commas between: {names}")
     add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
     add("--output", type=Path, help="result folder (default: runs/eval/<model>[-<control>])")
     add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
@@ -53,8 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _group_help() -> str:
+    return "; ".join(f"{group} = {', '.join(members)}" for group, members in GROUPS.items())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a sample could not be asked, else 0."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["rescore"]:
+        return rescore_main(argv[1:])
     args = build_parser().parse_args(argv)
     benchmarks = select(args.tasks)
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
@@ -115,6 +129,7 @@ def _results(
     return {
         "model": model,
         "tasks": tasks,
+        "averages": averages(tasks),
         "settings": settings,
         "prompt_template": answerer.describe()["template"],
         "config": answerer.model.config.to_dict(),

@@ -39,16 +39,16 @@ class Item:
     Attributes:
         index: row of the question.
         sample: the question.
-        image_index: row whose image is shown, None for no image.
-        size_hw: height and width of that image.
-        blank: whether a grey image of that size is shown instead.
+        image_index: row whose images are shown, None for no image.
+        sizes_hw: heights and widths of those images, usually of one.
+        blank: whether grey images of these sizes are shown instead.
         length: input tokens, for sorting.
     """
 
     index: int
     sample: Sample
     image_index: int | None
-    size_hw: tuple[int, int] | None
+    sizes_hw: tuple[tuple[int, int], ...]
     blank: bool
     length: int
 
@@ -68,10 +68,14 @@ def make_record(
     Returns:
         ``index`` (row), ``question_id``, ``question``, ``prompt``, ``references``, ``answer`` (as
         the model gave it), ``score``, ``kind``, ``document``, ``image_index`` (row whose image was
-        shown) and ``error``.
+        shown), ``details`` (what else the score depends on) and ``error``.
     """
     row = rows.text(index)
     references = [] if sample is None else list(sample.references)
+    details = {} if sample is None else dict(sample.details)
+    score = 0.0 if benchmark.scored else None
+    if benchmark.scored and answer is not None and not error:
+        score = benchmark.score(answer, references, details)
     return {
         "index": index,
         "question_id": benchmark.question_id(index, row),
@@ -79,10 +83,11 @@ def make_record(
         "prompt": None if sample is None else sample.prompt,
         "references": references,
         "answer": answer,
-        "score": 0.0 if answer is None or error else benchmark.score(answer, references),
+        "score": score,
         "kind": benchmark.kind(row),
         "document": None if sample is None else sample.document,
         "image_index": image_index,
+        "details": details,
         "error": None if error is None else " ".join(str(error).split()),
     }
 
@@ -101,18 +106,21 @@ def make_items(
         The items in row order, and one record for each row that cannot be asked.
     """
     samples: dict[int, Sample] = {}
-    sizes: dict[int, tuple[int, int]] = {}
+    sizes: dict[int, tuple[tuple[int, int], ...]] = {}
     owners: dict[int, list[str]] = {}
     failures: list[Record] = []
     for index in indices:
         sample = None
         try:
             sample = benchmark.sample(index, rows.text(index))
-            if control != "question-only":
-                content = image_bytes(rows[index]["image"], rows.folder)
-                sizes[index] = image_size_hw(content)
+            if control != "question-only" or benchmark.needs_image_size:
+                contents = _contents(benchmark, rows, index)
+                sizes[index] = tuple(map(image_size_hw, contents))
+            if benchmark.needs_image_size:
+                sample = benchmark.with_image_size(sample, sizes[index][0])
             if control == "shuffled-images":
-                owners[index] = ["image " + hashlib.sha256(content).hexdigest()]
+                hashes = [hashlib.sha256(content).hexdigest() for content in contents]
+                owners[index] = [f"image {digest}" for digest in hashes]
                 if sample.document is not None:
                     owners[index].append("document " + sample.document)
         except ValueError as error:
@@ -129,14 +137,14 @@ def make_items(
     items = []
     for index, sample in samples.items():
         image_index = shown[index]
-        size_hw = None if image_index is None else sizes[image_index]
+        sizes_hw = () if image_index is None else sizes[image_index]
         try:
-            length = answering.length(sample.prompt, [] if size_hw is None else [size_hw])
+            length = answering.length(sample.prompt, sizes_hw)
         except ValueError as error:
             failures.append(make_record(benchmark, rows, index, sample=sample, error=error))
             continue
         blank = control == "blank-images"
-        items.append(Item(index, sample, image_index, size_hw, blank, length))
+        items.append(Item(index, sample, image_index, sizes_hw, blank, length))
     return items, failures
 
 
@@ -150,14 +158,22 @@ def make_batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def item_images(rows: Rows, item: Item) -> list[Image.Image]:
-    """The images that are shown with a question: one, or none.
+def item_images(benchmark: Benchmark, rows: Rows, item: Item) -> list[Image.Image]:
+    """The images that are shown with a question, usually one.
 
     Raises:
         ValueError: the image cannot be decoded.
     """
-    if item.image_index is None or item.size_hw is None:
+    if item.image_index is None:
         return []
     if item.blank:
-        return [blank_like(item.size_hw)]
-    return [open_image(image_bytes(rows[item.image_index]["image"], rows.folder))]
+        return [blank_like(size_hw) for size_hw in item.sizes_hw]
+    return [open_image(content) for content in _contents(benchmark, rows, item.image_index)]
+
+
+def _contents(benchmark: Benchmark, rows: Rows, index: int) -> list[bytes]:
+    """The encoded images of a row, at least one."""
+    contents = [image_bytes(cell, rows.folder) for cell in benchmark.images(rows[index])]
+    if not contents:
+        raise ValueError("the row has no image")
+    return contents

@@ -51,7 +51,7 @@ def rewrite_records(path: Path, records: Iterable[Record]) -> None:
     _replace(path, text)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON file in one step, so that it is never seen half written."""
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -38,7 +38,10 @@ def bootstrap_interval(
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The table of one run, from the content of its ``results.json``; scores are 0 to 1."""
+    """The table of one run, from the content of its ``results.json``.
+
+    Scores are 0 to 1 with four digits, others (MME, MMBench, averages of tasks) with two.
+    """
     control = results["settings"]["control"]
     title = f"{results['model']}" + (f", control: {control}" if control else "")
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
@@ -52,9 +55,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
             table.add_row(
                 "" if position else name,
                 score,
-                f"{entry['value']:.4f}",
-                f"{low:.4f} .. {high:.4f}",
+                _number(entry["value"], high),
+                f"{_number(low, high)} .. {_number(high, high)}",
                 str(entry["samples"]),
                 "" if position else str(task["failed"]),
             )
+    for group, value in results.get("averages", {}).items():
+        table.add_row(group, "average x 100", f"{value:.2f}", "", "", "")
     return table
+
+
+def _number(value: float, largest: float) -> str:
+    return f"{value:.4f}" if largest <= 1 else f"{value:.2f}"

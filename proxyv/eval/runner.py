@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,21 @@ from rich.progress import (
 
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark, Record
-from proxyv.eval.metrics import mean
 from proxyv.eval.plan import Answering, Item, item_images, make_batches, make_items, make_record
 from proxyv.eval.records import append_records, read_records, rewrite_records, write_json
 from proxyv.eval.report import bootstrap_interval
 from proxyv.eval.sources import Rows
 
-__all__ = ["RunOptions", "evaluate", "open_output", "summarise"]
+__all__ = [
+    "RunOptions",
+    "chosen_rows",
+    "evaluate",
+    "open_output",
+    "summarise",
+    "write_submission",
+]
+
+SHOWN_KINDS = 5
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def evaluate(
         The task's entry of ``results.json`` (see `summarise`).
     """
     started = time.monotonic()
-    indices = range(len(rows) if options.limit is None else min(options.limit, len(rows)))
+    indices = chosen_rows(benchmark, rows, options.limit)
     _warn_of_limit(benchmark, rows, indices, warn)
     reading = track(
         indices, f"{benchmark.name}: reading", console=Console(stderr=True), transient=True
@@ -123,23 +132,71 @@ def evaluate(
                 append_records(path, new)
                 records |= {record["index"]: record for record in new}
                 progress.update(bar, advance=len(new))
-    summary = summarise(benchmark, [records[index] for index in sorted(records)])
+    ordered = [records[index] for index in sorted(records)]
+    write_submission(benchmark, ordered, output, warn)
+    summary = summarise(benchmark, ordered)
     return {"data": rows.origin, **summary, "seconds": round(time.monotonic() - started, 1)}
 
 
+def chosen_rows(benchmark: Benchmark, rows: Rows, limit: int | None) -> Sequence[int]:
+    """The rows that are asked: the first ones, without groups that the limit would cut.
+
+    Raises:
+        CommandError: a group of rows that are scored together is incomplete in the data, or no
+            complete one is left.
+    """
+    indices: Sequence[int] = range(len(rows) if limit is None else min(limit, len(rows)))
+    size = benchmark.group_size
+    if size == 1:
+        return indices
+    groups = [benchmark.group(rows.text(index)) for index in range(len(rows))]
+    for group, count in Counter(groups).items():
+        if count != size:
+            raise CommandError(
+                f"{benchmark.name}: {rows.origin} holds {count} rows of {group}, {size} are needed"
+            )
+    counts = Counter(groups[index] for index in indices)
+    whole = [index for index in indices if counts[groups[index]] == size]
+    if not whole:
+        raise CommandError(
+            f"--limit {limit}: {benchmark.name} is scored in groups of {size} rows and the first "
+            "rows hold no whole group, take more"
+        )
+    return whole
+
+
+def write_submission(
+    benchmark: Benchmark,
+    records: Sequence[Record],
+    output: Path,
+    warn: Callable[[str], None],
+) -> None:
+    """Write the file that a test server takes, where only it knows the answers."""
+    if benchmark.scored:
+        return
+    path = output / f"{benchmark.name}_for_submission.json"
+    write_json(path, benchmark.submission(records))
+    warn(f"{benchmark.name}: only the test server can score it; upload {path}")
+
+
 def _warn_of_limit(
-    benchmark: Benchmark, rows: Rows, indices: range, warn: Callable[[str], None]
+    benchmark: Benchmark, rows: Rows, indices: Sequence[int], warn: Callable[[str], None]
 ) -> None:
     if len(indices) == len(rows):
         return
     chosen = {benchmark.kind(rows.text(index)) for index in indices}
     every = {benchmark.kind(rows.text(index)) for index in range(len(rows))}
     if every != chosen:
-        lost = ", ".join(sorted(map(str, every - chosen)))
+        lost = sorted(map(str, every - chosen))
+        shown = ", ".join(lost[:SHOWN_KINDS])
+        more = len(lost) - SHOWN_KINDS
         warn(
-            f"{benchmark.name}: --limit {len(indices)} takes the first rows and leaves out every "
-            f"row of {lost}: the score is not that of the whole benchmark"
+            f"{benchmark.name}: --limit takes the first {len(indices)} rows and leaves out every "
+            f"row of {shown}{f' and {more} more kinds' if more > 0 else ''}: the score is not that "
+            "of the whole benchmark"
         )
+    if benchmark.limit_note is not None:
+        warn(f"{benchmark.name}: with --limit {benchmark.limit_note}")
 
 
 def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
@@ -181,7 +238,7 @@ def _answer_batch(
     ready, images, records = [], [], []
     for item in batch:
         try:
-            images.append(item_images(rows, item))
+            images.append(item_images(benchmark, rows, item))
             ready.append(item)
         except ValueError as error:
             records.append(record(item, error=error))
@@ -211,7 +268,8 @@ def summarise(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, Any]
 
     Returns:
         ``samples``, ``failed``, ``errors`` (one line for each failed sample), ``main_score``, and
-        ``scores``: for each name ``value``, ``interval`` (95 % bootstrap) and ``samples``.
+        ``scores``: for each name ``value``, ``interval`` (95 % bootstrap) and ``samples`` (or
+        groups of samples, where these are scored together).
     """
     failed = [record for record in records if record["error"] is not None]
     return {
@@ -221,10 +279,10 @@ def summarise(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, Any]
         "main_score": benchmark.main_score,
         "scores": {
             name: {
-                "value": mean(values),
-                "interval": list(bootstrap_interval(values)),
-                "samples": len(values),
+                "value": score.value,
+                "interval": list(bootstrap_interval(score.parts)),
+                "samples": len(score.parts),
             }
-            for name, values in benchmark.scores(records).items()
+            for name, score in benchmark.scores(records).items()
         },
     }

@@ -5,15 +5,20 @@ A folder DIR holds one folder for each task, ``DIR/docvqa`` for instance, in one
 - parquet files whose names begin with the split (``validation.parquet``,
   ``data/validation-00000-of-00006.parquet``),
 - what ``datasets`` writes with ``save_to_disk``,
-- one ``.json`` or ``.jsonl`` file of rows, with image paths relative to the folder.
+- one ``.json`` or ``.jsonl`` file of rows (or one for each split, named after it), with image
+  paths relative to the folder.
+
+The images of GQA may be in a folder of their own, ``DIR/gqa/testdev_balanced_images``.
 
 Images stay undecoded in the rows, so that one corrupt image costs one sample and not the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,40 +28,79 @@ from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark
 from proxyv.eval.hub import hub_reachable
 
-__all__ = ["Rows", "load_rows"]
+__all__ = ["Pictures", "Rows", "load_rows"]
 
 SPLIT_NAMES = ("train", "val", "validation", "dev", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one benchmark.
+    """The rows of one benchmark, one for each question.
 
     Attributes:
-        table: the rows; images are undecoded.
+        table: the rows of the data set; images are undecoded.
         origin: where they came from, for messages and result files.
         folder: folder that relative image paths start from, None for the hub.
+        picks: for each question its row in the table and the columns in which it differs from it;
+            None where every row is one question.
+        pictures: where the images are, if not in the table.
     """
 
     table: Sequence[Mapping[str, Any]]
     origin: str
     folder: Path | None = None
+    picks: Sequence[tuple[int, Mapping[str, Any]]] | None = None
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table if self.picks is None else self.picks)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """One row, its image still encoded."""
-        return self.table[index]
+        row = self._pick(self.table, index)
+        return row if self.pictures is None else {**row, "image": self.pictures.find(row)}
 
     def text(self, index: int) -> Mapping[str, Any]:
         """One row without its image, which need not be read then."""
-        return self._texts[index]
+        return self._pick(self._texts, index)
+
+    def _pick(self, table: Sequence[Mapping[str, Any]], index: int) -> Mapping[str, Any]:
+        if self.picks is None:
+            return table[index]
+        place, changes = self.picks[index]
+        return {**table[place], **changes} if changes else table[place]
 
     @functools.cached_property
     def _texts(self) -> Sequence[Mapping[str, Any]]:
-        remove = getattr(self.table, "remove_columns", None)
-        return self.table if remove is None else remove(["image"])
+        return _without_images(self.table)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a table, in another table.
+
+    Attributes:
+        table: the images, undecoded.
+        key: column of the questions that names an image.
+        name: column of the images that holds that name.
+        folder: folder that relative image paths start from, None for the hub.
+    """
+
+    table: Sequence[Mapping[str, Any]]
+    key: str
+    name: str
+    folder: Path | None = None
+
+    def find(self, row: Mapping[str, Any]) -> Any:
+        """The encoded image of a row; None where there is none of that name."""
+        place = self._places.get(str(row[self.key]))
+        cell = None if place is None else self.table[place]["image"]
+        return str(self.folder / cell) if self.folder and isinstance(cell, str) else cell
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        names = _without_images(self.table)
+        return {str(names[place][self.name]): place for place in range(len(names))}
 
 
 def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
@@ -66,16 +110,41 @@ def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
         CommandError: nothing usable is there; the message says what was looked for.
     """
     rows = _from_hub(benchmark) if data is None else _from_folder(benchmark, data)
-    if not len(rows):
+    if not len(rows.table):
         raise CommandError(f"{benchmark.name}: {rows.origin} has no rows")
-    present = _columns(rows.table)
-    missing = [column for column in benchmark.columns if column not in present]
+    needed = (*benchmark.columns, "image") if benchmark.image_table else benchmark.columns
+    if rows.pictures is not None:
+        needed = benchmark.columns
+        _check_columns(
+            benchmark, rows.pictures.table, f"{rows.origin} (images)", [rows.pictures.name, "image"]
+        )
+    _check_columns(benchmark, rows.table, rows.origin, needed)
+    picks = [
+        (place, changes)
+        for place in range(len(rows))
+        for changes in benchmark.questions(rows.text(place))
+    ]
+    if not picks:
+        raise CommandError(
+            f"{benchmark.name}: none of the {len(rows)} rows of {rows.origin} belongs to it"
+        )
+    return dataclasses.replace(rows, picks=picks)
+
+
+def _check_columns(benchmark: Benchmark, table: Any, origin: str, needed: Sequence[str]) -> None:
+    present = _columns(table)
+    missing = [column for column in needed if not present & set(column.split("|"))]
     if missing:
         raise CommandError(
-            f"{benchmark.name}: {rows.origin} lacks the column{'s' * (len(missing) > 1)} "
-            f"{', '.join(map(repr, missing))} (it has {', '.join(map(repr, sorted(present)))})"
+            f"{benchmark.name}: {origin} lacks the column{'s' * (len(missing) > 1)} "
+            f"{', '.join(repr(column.replace('|', ' or ')) for column in missing)} (it has "
+            f"{', '.join(map(repr, sorted(present)))})"
         )
-    return rows
+
+
+def _without_images(table: Any) -> Any:
+    remove = getattr(table, "remove_columns", None)
+    return table if remove is None or "image" not in table.column_names else remove(["image"])
 
 
 def _columns(table: Any) -> set[str]:
@@ -90,9 +159,11 @@ def _from_hub(benchmark: Benchmark) -> Rows:
     from huggingface_hub import constants
 
     advice = (
-        f"give --data DIR with the folder DIR/{benchmark.name}, or make the local small world: "
-        "python -m proxyv.synthetic --out DIR, then --data DIR"
+        f"give --data DIR with the folder DIR/{_folder_name(benchmark)}, or make the local small "
+        "world: python -m proxyv.synthetic --out DIR, then --data DIR"
     )
+    if not benchmark.repositories:
+        raise CommandError(f"{benchmark.name}: there is no table of it on the hub; {advice}")
     offline = constants.HF_HUB_OFFLINE
     if not offline and not hub_reachable():
         raise CommandError(
@@ -104,10 +175,16 @@ def _from_hub(benchmark: Benchmark) -> Rows:
     for repository in benchmark.repositories:
         try:
             table = load_dataset(repository, benchmark.config, split=benchmark.split)
+            pictures = None
+            if benchmark.image_table is not None and "image" not in table.column_names:
+                config, key, name = benchmark.image_table
+                images = load_dataset(repository, config, split=benchmark.split)
+                pictures = Pictures(_undecoded(images), key, name)
         except (DatasetNotFoundError, ConnectionError, ValueError) as error:
             reasons.append(f"{repository}: {error}")
             continue
-        return Rows(_undecoded(table), f"hub:{repository}/{benchmark.split}")
+        origin = f"hub:{repository}/{benchmark.split}"
+        return Rows(_undecoded(table), origin, pictures=pictures)
     why = "HF_HUB_OFFLINE=1 and no earlier download was found" if offline else "; ".join(reasons)
     raise CommandError(f"{benchmark.name}: not loaded from the hub ({why}); {advice}")
 
@@ -115,30 +192,56 @@ def _from_hub(benchmark: Benchmark) -> Rows:
 def _undecoded(table: Any) -> Any:
     """Keep the images of a ``datasets`` table as bytes or paths."""
     from datasets import Image as ImageFeature
+    from datasets import List
 
+    encoded = ImageFeature(decode=False)
     for column, feature in table.features.items():
         if isinstance(feature, ImageFeature):
-            table = table.cast_column(column, ImageFeature(decode=False))
+            table = table.cast_column(column, encoded)
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):
+            table = table.cast_column(column, List(encoded))
     return table
 
 
 def _from_folder(benchmark: Benchmark, data: Path) -> Rows:
     if not data.is_dir():
         raise CommandError(f"--data {data}: no such folder")
-    folder = data / benchmark.name
+    name = _folder_name(benchmark)
+    folder = data / name
     if not folder.is_dir():
         found = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir())) or "none"
-        raise CommandError(
-            f"--data {data}: no folder {benchmark.name!r} in it (folders found: {found})"
-        )
+        raise CommandError(f"--data {data}: no folder {name!r} in it (folders found: {found})")
+    table, origin = _folder_table(benchmark, folder, [benchmark.config])
+    pictures = None
+    if benchmark.image_table is not None and "image" not in _columns(table):
+        config, key, column = benchmark.image_table
+        images = folder / config
+        if not images.is_dir():
+            raise CommandError(
+                f"{benchmark.name}: {origin} has no column 'image', and there is no folder "
+                f"{images} with the images"
+            )
+        pictures = Pictures(_folder_table(benchmark, images, [])[0], key, column, images.resolve())
+    return Rows(table, str(origin), folder, pictures=pictures)
+
+
+def _folder_name(benchmark: Benchmark) -> str:
+    return benchmark.folder or benchmark.name
+
+
+def _folder_table(
+    benchmark: Benchmark, folder: Path, configs: Sequence[str | None]
+) -> tuple[Any, Path]:
+    """The table in a folder, and the file or folder it was read from."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return Rows(_saved_table(benchmark, folder), str(folder), folder)
-    parquet = _parquet_files(benchmark, folder)
+        return _saved_table(benchmark, folder), folder
+    places = [folder, folder / "data", *(folder / config for config in configs if config)]
+    parquet = _split_files(benchmark, places, "*.parquet")
     if parquet:
-        return Rows(_parquet_table(benchmark, parquet), str(folder), folder)
-    lists = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+        return _parquet_table(benchmark, parquet), folder
+    lists = _split_files(benchmark, [folder], "*.json", "*.jsonl")
     if len(lists) == 1:
-        return Rows(_json_rows(lists[0]), str(lists[0]), folder)
+        return _json_rows(lists[0]), lists[0]
     raise CommandError(
         f"{benchmark.name}: {folder} holds {len(lists) or 'no'} JSON files and no parquet file of "
         f"the split {benchmark.split!r}; needed is {benchmark.split}*.parquet, a save_to_disk "
@@ -173,13 +276,11 @@ def _parquet_table(benchmark: Benchmark, files: Sequence[Path]) -> Any:
     return _undecoded(table)
 
 
-def _parquet_files(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """Parquet files of the split; files of another split are never taken instead."""
-    places = [folder, folder / "data"]
-    if benchmark.config:
-        places.append(folder / benchmark.config)
-    files = sorted(path for place in places for path in place.glob("*.parquet"))
-    wanted = [path for path in files if path.stem.startswith(benchmark.split)]
+def _split_files(benchmark: Benchmark, places: Sequence[Path], *patterns: str) -> list[Path]:
+    """Files of the split; files of another split are never taken instead."""
+    found = {path for place in places for pattern in patterns for path in place.glob(pattern)}
+    files = sorted(found)
+    wanted = [path for path in files if re.match(rf"{benchmark.split}(?![A-Za-z])", path.stem)]
     named = [path for path in files if path.stem.startswith(SPLIT_NAMES)]
     return wanted or ([] if named else files)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-__all__ = ["Benchmark", "Record", "Sample"]
+from proxyv.eval.metrics import mean
+
+__all__ = [
+    "Benchmark",
+    "ImageTable",
+    "Record",
+    "Sample",
+    "Score",
+    "answer_list",
+    "mean_score",
+    "optional_text",
+    "text_cell",
+]
 
 Record = dict[str, Any]
 """One line of the result file; `proxyv.eval.runner` documents its keys."""
@@ -21,9 +33,10 @@ class Sample:
         question_id: the data set's own id, or the row number where it has none.
         question: the question as the data set has it.
         prompt: what the model is asked, instruction included, without an image placeholder.
-        references: accepted answers, at least one.
+        references: accepted answers; none where a test server keeps them.
         kind: the part of the data set the question belongs to, None where there are no parts.
         document: id of the document that the image shows, None where the data set gives none.
+        details: what else the score of an answer depends on; kept in the result file.
     """
 
     question_id: str
@@ -32,6 +45,39 @@ class Sample:
     references: tuple[str, ...]
     kind: str | None = None
     document: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Score(NamedTuple):
+    """One score of a benchmark.
+
+    Attributes:
+        value: the score.
+        parts: one number for each sample, or each group of samples that is scored as one; their
+            mean is the score, and they tell how uncertain it is.
+    """
+
+    value: float
+    parts: Sequence[float]
+
+
+def mean_score(parts: Sequence[float]) -> Score:
+    """The score that is the plain mean of its parts."""
+    return Score(mean(parts), parts)
+
+
+class ImageTable(NamedTuple):
+    """A table that holds the images of another one.
+
+    Attributes:
+        config: its configuration name on the hub, and the name of its folder on disk.
+        key: column of the questions that names an image.
+        name: column of the images that holds that name.
+    """
+
+    config: str
+    key: str
+    name: str
 
 
 class Benchmark(ABC):
@@ -39,21 +85,42 @@ class Benchmark(ABC):
 
     Class attributes:
         name: what ``--tasks`` calls it.
+        folder: its folder below ``--data``, None for one of its name.
         repositories: hub ids, the current one first, then former ones.
         config: configuration name on the hub, None where there is only one.
         split: the split that is scored.
-        columns: columns that a row must have.
+        columns: columns that a row must have; ``a|b`` stands for one of two.
+        image_table: where the images are, None where each row has its own.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
+        scored: whether the answers are known here, or only to a test server.
+        needs_image_size: whether the references depend on it.
+        group_size: number of rows that can only be scored together.
+        limit_note: what ``--limit`` does to the score besides taking a part of the rows.
     """
 
     name: ClassVar[str]
+    folder: ClassVar[str | None] = None
     repositories: ClassVar[tuple[str, ...]]
     config: ClassVar[str | None] = None
     split: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    image_table: ClassVar[ImageTable | None] = None
     max_new_tokens: ClassVar[int]
     main_score: ClassVar[str]
+    scored: ClassVar[bool] = True
+    needs_image_size: ClassVar[bool] = False
+    group_size: ClassVar[int] = 1
+    limit_note: ClassVar[str | None] = None
+
+    def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """The questions that a row (without its image) holds: one by default.
+
+        Returns:
+            For each question the columns in which it differs from the row; nothing for a row that
+            does not belong to the benchmark.
+        """
+        return [{}]
 
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
         """Name a row, also one that is otherwise unusable."""
@@ -63,6 +130,14 @@ class Benchmark(ABC):
         """The part of the data set a row belongs to, also of one that is otherwise unusable."""
         return None
 
+    def group(self, row: Mapping[str, Any]) -> Hashable:
+        """The group of `group_size` rows that a row belongs to."""
+        return None
+
+    def images(self, row: Mapping[str, Any]) -> list[Any]:
+        """The encoded images of a row, in the order in which the model sees them."""
+        return [row["image"]]
+
     @abstractmethod
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row.
@@ -71,13 +146,38 @@ class Benchmark(ABC):
             ValueError: the row has no question or no answer.
         """
 
-    @abstractmethod
-    def score(self, answer: str, references: Sequence[str]) -> float:
-        """Score one answer, between 0 and 1."""
+    def with_image_size(self, sample: Sample, size_hw: tuple[int, int]) -> Sample:
+        """Complete a sample whose references depend on the height and width of its image."""
+        return sample
 
     @abstractmethod
-    def scores(self, records: Sequence[Record]) -> dict[str, list[float]]:
-        """Group the scores of all samples by the name of the mean they go into."""
+    def score(
+        self, answer: str, references: Sequence[str], details: Mapping[str, Any] | None = None
+    ) -> float:
+        """Score one answer, between 0 and 1, from what its record holds."""
+
+    @abstractmethod
+    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
+        """The scores of the benchmark by name, from the records of all samples."""
+
+    def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """What a test server is sent, where `scored` is False."""
+        raise NotImplementedError(f"{self.name} has no test server")
+
+
+def answer_list(row: Mapping[str, Any], column: str = "answers") -> tuple[str, ...]:
+    """The accepted answers in a column; an empty or missing list is an error that names it."""
+    answers = row.get(column)
+    if not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
+        raise ValueError(
+            f"column {column!r} holds {answers!r}, a list with at least one answer is needed"
+        )
+    return tuple(str(answer) for answer in answers)
+
+
+def optional_text(value: Any) -> str | None:
+    """A cell as text, None where it is empty."""
+    return None if value is None else str(value)
 
 
 def text_cell(row: Mapping[str, Any], column: str) -> str:

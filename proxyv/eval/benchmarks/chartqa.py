@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxyv.eval.benchmarks.base import Benchmark, Record, Sample, text_cell
+from proxyv.eval.benchmarks.base import Benchmark, Record, Sample, Score, mean_score, text_cell
 from proxyv.eval.metrics import relaxed_accuracy
 
 __all__ = ["ChartQA"]
@@ -43,11 +43,13 @@ class ChartQA(Benchmark):
             kind=self.kind(row),
         )
 
-    def score(self, answer: str, references: Sequence[str]) -> float:
+    def score(
+        self, answer: str, references: Sequence[str], details: Mapping[str, Any] | None = None
+    ) -> float:
         """Relaxed accuracy of one answer."""
         return relaxed_accuracy(answer, references[0])
 
-    def scores(self, records: Sequence[Record]) -> dict[str, list[float]]:
+    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
         """Means over all questions and over each half; only ``human_test`` counts as human."""
         human = [record["score"] for record in records if record["kind"] == "human_test"]
         augmented = [record["score"] for record in records if record["kind"] != "human_test"]
@@ -57,4 +59,4 @@ class ChartQA(Benchmark):
             "relaxed_human_split": human,
             "relaxed_augmented_split": augmented,
         }
-        return {name: scores for name, scores in groups.items() if scores}
+        return {name: mean_score(scores) for name, scores in groups.items() if scores}

@@ -1,20 +1,30 @@
 """DocVQA: "What is the 'actual' value per 1000, during the year 1975?" -> "0.28".
 
 Questions about scanned pages (letters, forms, tables, reports), answered by text on the page.
-Scored by ANLS against one or more accepted spellings; 5,349 validation questions.
+Scored by ANLS against one or more accepted spellings; 5,349 validation questions. The answers of
+the 5,188 test questions are known to the test server only: that task writes the file to submit.
 
-Source: lmms-eval 0.7.3, task docvqa_val. Differs: no.
+Source: lmms-eval 0.7.3, tasks docvqa_val and docvqa_test. Differs: no.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from proxyv.eval.benchmarks.base import Benchmark, Record, Sample, text_cell
+from proxyv.eval.benchmarks.base import (
+    Benchmark,
+    Record,
+    Sample,
+    Score,
+    answer_list,
+    mean_score,
+    optional_text,
+    text_cell,
+)
 from proxyv.eval.metrics import anls
 
-__all__ = ["DocVQA"]
+__all__ = ["DocVQA", "DocVQATest"]
 
 
 class DocVQA(Benchmark):
@@ -24,9 +34,10 @@ class DocVQA(Benchmark):
     repositories = ("lmms-lab-encoder/DocVQA", "lmms-lab/DocVQA")
     config = "DocVQA"
     split = "validation"
-    columns = ("questionId", "question", "image", "answers")
+    columns: ClassVar[tuple[str, ...]] = ("questionId", "question", "image", "answers")
     max_new_tokens = 32
     main_score = "anls"
+    document_column = "docId"
 
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
         """The data set's own id."""
@@ -35,23 +46,41 @@ class DocVQA(Benchmark):
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""
         question = text_cell(row, "question")
-        answers = row.get("answers")
-        if not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
-            raise ValueError(
-                f"column 'answers' holds {answers!r}, a list with at least one answer is needed"
-            )
         return Sample(
             question_id=self.question_id(index, row),
             question=question,
             prompt=f"{question}\nAnswer the question using a single word or phrase.",
-            references=tuple(str(answer) for answer in answers),
-            document=None if row.get("docId") is None else str(row["docId"]),
+            references=answer_list(row) if self.scored else (),
+            document=optional_text(row.get(self.document_column)),
         )
 
-    def score(self, answer: str, references: Sequence[str]) -> float:
+    def score(
+        self, answer: str, references: Sequence[str], details: Mapping[str, Any] | None = None
+    ) -> float:
         """ANLS of one answer."""
         return anls(answer, references)
 
-    def scores(self, records: Sequence[Record]) -> dict[str, list[float]]:
+    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
         """One mean, over all questions."""
-        return {"anls": [record["score"] for record in records]}
+        return {"anls": mean_score([record["score"] for record in records])}
+
+
+class DocVQATest(DocVQA):
+    """The test questions, whose answers only the test server knows."""
+
+    name = "docvqa_test"
+    folder = "docvqa"
+    split = "test"
+    columns = ("questionId", "question", "image")
+    scored = False
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
+        """Nothing can be scored here."""
+        return {}
+
+    def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """One entry for each question, in the order of the rows; a failed one has no text."""
+        return [
+            {"questionId": int(record["question_id"]), "answer": (record["answer"] or "").strip()}
+            for record in records
+        ]

@@ -1,0 +1,109 @@
+"""Score the stored answers of a run again: ``python -m proxyv.eval rescore RUN``.
+
+The result files hold all that a score depends on, so neither the model nor the data is needed:
+after a change of a metric, old runs get its numbers in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from proxyv.cli import CommandError
+from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
+from proxyv.eval.provenance import git_commit
+from proxyv.eval.records import read_records, rewrite_records, write_json
+from proxyv.eval.report import results_table
+from proxyv.eval.runner import summarise, write_submission
+
+__all__ = ["main", "rescore"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proxyv.eval rescore",
+        description="Score the stored answers of runs again, without model and data.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="result folder of a run")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    for run in args.runs:
+        results = rescore(run, console.print)
+        if args.json:
+            print(json.dumps(results, indent=2, ensure_ascii=False))
+        else:
+            Console().print(results_table(results))
+    return 0
+
+
+def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Score every stored answer of a run again and bring its files up to date.
+
+    Args:
+        run: the output folder of a run.
+        warn: takes one line on each score that has changed.
+
+    Returns:
+        The new content of ``results.json``.
+
+    Raises:
+        CommandError: there is no finished run in the folder.
+    """
+    path = run / "results.json"
+    if not path.is_file():
+        raise CommandError(f"{run}: no results.json, so no finished run; start its command again")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{path} is damaged ({error}); start the run again") from error
+    for name, task in results["tasks"].items():
+        if name not in BENCHMARKS:
+            raise CommandError(f"{path} holds a task {name!r}, which is not known here")
+        benchmark = BENCHMARKS[name]
+        file = run / f"{name}.jsonl"
+        records = sorted(read_records(file), key=lambda record: record["index"])
+        if len(records) != task["samples"]:
+            raise CommandError(
+                f"{file} holds {len(records)} samples, results.json was made from "
+                f"{task['samples']}: the run was taken up again and stopped; finish it first"
+            )
+        scored = [_scored(benchmark, record) for record in records]
+        rewrite_records(file, scored)
+        write_submission(benchmark, scored, run, warn)
+        summary = summarise(benchmark, scored)
+        _report_changes(name, task, summary, warn)
+        task.update(summary)
+    results["averages"] = averages(results["tasks"])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    results["rescored"] = {"date": now.isoformat(timespec="seconds"), "git_commit": git_commit()}
+    write_json(path, results)
+    return results
+
+
+def _scored(benchmark: Benchmark, record: Record) -> Record:
+    if not benchmark.scored or record["error"] is not None or record["answer"] is None:
+        return record
+    score = benchmark.score(record["answer"], record["references"], record.get("details"))
+    return {**record, "score": score}
+
+
+def _report_changes(
+    name: str, before: dict[str, Any], after: dict[str, Any], warn: Callable[[str], None]
+) -> None:
+    for score, entry in after["scores"].items():
+        old = before["scores"].get(score, {}).get("value")
+        if old != entry["value"]:
+            warn(f"{name}: {score} was {old}, is {entry['value']}")
