@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from proxyv.cli import CommandError, run_command
 from proxyv.eval.__main__ import main
@@ -17,9 +18,11 @@ from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, Benchmark, averages, sele
 from proxyv.eval.benchmarks.ocrbench import CATEGORIES
 from proxyv.eval.metrics import mean, mme_perception, ocrbench_score
 from proxyv.eval.records import read_records, write_json
+from proxyv.eval.report import results_table
 from proxyv.eval.rescore import rescore
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
+from tests.small_model import save_small_model
 
 PHRASE = "\nAnswer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -614,6 +617,43 @@ def test_rescore_follows_a_changed_metric(
     assert {record["score"] for record in read_records(tmp_path / "ocrbench.jsonl")} == {0.0}
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results["tasks"]["ocrbench"]["scores"]["ocrbench_accuracy"]["value"] == 0
+
+
+def test_command_answers_other_schemas_and_rescores_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_small_model(tmp_path / "model")
+    save_parquet(tmp_path / "data/mme/test.parquet", mme_rows())
+    boxed = [{**row, "image": picture(50, 30)} for row in gqa_rows()]
+    save_parquet(tmp_path / "data/gqa/testdev.parquet", boxed)
+    documents = [document_row(index) for index in range(3)]
+    save_parquet(tmp_path / "data/docvqa/test.parquet", documents)
+    output = tmp_path / "run"
+    command = ["--model", str(model), "--data", str(tmp_path / "data"), "--device", "cpu"]
+    tasks = ["mme", "gqa", "docvqa_test"]
+    assert main([*command, "--tasks", ",".join(tasks), "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert "for the test server" in shown.out and "mme_perception_score" in shown.out
+    before = json.loads((output / "results.json").read_text("utf-8"))
+    assert list(before["tasks"]) == tasks and before["averages"] == {}
+    assert len(json.loads((output / "docvqa_test_for_submission.json").read_text("utf-8"))) == 3
+    assert main(["rescore", str(output), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["tasks"] == before["tasks"] and " was " not in shown.err
+
+
+def test_long_names_wrap_in_eighty_columns() -> None:
+    entry = {"value": 0.5, "interval": [0.4, 0.6], "samples": 1000}
+    task = {"scores": {CATEGORIES[9]: entry}, "failed": 0}
+    total = {"value": 1500.25, "interval": [1400.0, 1600.0], "samples": 1187}
+    tasks = {"ocrbench": task, "mme": {"scores": {"mme_perception_score": total}, "failed": 0}}
+    results = {"model": "m", "settings": {"control": None}, "tasks": tasks}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table({**results, "averages": {"score_fine": 54.637}}))
+    text = console.export_text()
+    assert "…" not in text
+    for part in ("Handwritten", "1500.25", "1400.00 .. 1600.00", "0.5000", "54.64"):
+        assert part in text
 
 
 def test_rescore_refuses_unfinished_runs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich import box
@@ -48,8 +48,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.padding = (0, 1, 0, 0)
     for heading in ("task", "score", "value", "95 % interval", "samples", "failed"):
         numeric = heading not in ("task", "score")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading != "score")
     for name, task in results["tasks"].items():
+        if not task["scores"]:
+            counts = (str(task["samples"]), str(task["failed"]))
+            table.add_row(name, "for the test server", "", "", *counts)
         for position, (score, entry) in enumerate(task["scores"].items()):
             low, high = entry["interval"]
             table.add_row(
