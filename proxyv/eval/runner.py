@@ -77,7 +77,8 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     """
     path = folder / "settings.json"
     if overwrite:
-        for old in [path, folder / "results.json", *folder.glob("*.jsonl")]:
+        answers = [*folder.glob("*.jsonl"), *folder.glob("*_for_submission.json")]
+        for old in [path, folder / "results.json", *answers]:
             old.unlink(missing_ok=True)
     if path.is_file():
         try:
