@@ -181,7 +181,10 @@ def test_overfits_eight_samples(world, monkeypatch, tmp_path):
 
 
 def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
-    """Rows of different lengths: 4 x 1 and 1 x 4 give the same losses, token-weighted."""
+    """Rows of different lengths: 4 x 1 and 1 x 4 give the same losses, token-weighted.
+
+    The second run also recomputes its activations.
+    """
     losses = []
     for micro in (4, 1):
         settings = settings_for(
@@ -191,6 +194,7 @@ def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
                 "run.output_dir": tmp_path / str(micro),
                 "deepspeed.config": "null",
                 "optim.micro_batch": micro,
+                "run.gradient_checkpointing": micro == 1,
             },
         )
         losses.append([entry["loss"] for entry in metrics(in_process(monkeypatch, settings))])
@@ -300,6 +304,18 @@ def test_mistakes_on_the_command_line(capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_a_tracker_that_is_not_installed_is_named(world, monkeypatch, tmp_path):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    more = {"run.output_dir": tmp_path, "run.tracker": "tensorboard", "deepspeed.config": "null"}
+    with pytest.raises(ValueError, match=r"run\.tracker=tensorboard: .* pip install tensorboard"):
+        in_process(monkeypatch, settings_for(world, **more))
+
+
 def test_a_finished_run_is_not_replaced(two_stages, world, monkeypatch):
     settings = settings_for(world, **{"run.output_dir": two_stages["pretrain"]})
     with pytest.raises(ValueError, match=r"holds a finished run: .*run\.overwrite=true"):
@@ -331,3 +347,38 @@ def test_the_bare_script_asks_for_a_preset_where_gpus_are(stage):
     assert done.stdout == ""
     for preset in ("vicuna-7b", "tiny"):
         assert f"bash scripts/{stage}.sh {preset}\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "expected"),
+    [
+        ("", ["optim.lr=1"], "--preset tiny --stage pretrain --nproc 1 optim.lr=1"),
+        ("", [], "--preset tiny --stage pretrain --nproc 1"),
+        (
+            "0,1",
+            ["vicuna-7b", "--dry-run"],
+            "--preset vicuna-7b --stage pretrain --nproc 2 --dry-run",
+        ),
+    ],
+)
+def test_the_script_passes_preset_ranks_and_exit_code(tmp_path, gpus, arguments, expected):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("pretrain.sh", "stage.sh"):
+        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+    (tmp_path / "scripts" / "env.sh").write_text("ensure_env() { [ $1 = train ]; }\n")
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\nexit 7\n')
+    python.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PATH": path}
+    environment.pop("NPROC", None)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "scripts" / "pretrain.sh"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.strip() == f"-m proxyv.train {expected}"

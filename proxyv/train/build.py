@@ -58,6 +58,15 @@ def resolve(settings: Settings) -> Settings:
     return replace(settings, model=replace(settings.model, dtype="bfloat16" if fast else "float32"))
 
 
+def _weight_dtype(settings: Settings) -> torch.dtype:
+    """Type that weights are held in.
+
+    DeepSpeed keeps a float32 copy of bfloat16 weights for the optimiser; without it the weights
+    themselves stay float32, and only the computation is in bfloat16 (autocast).
+    """
+    return torch.float32 if settings.deepspeed.config is None else DTYPES[settings.model.dtype]
+
+
 def _multiplies_bfloat16() -> bool:
     """Whether the GPU, or the CPU by its flags in /proc/cpuinfo, multiplies bfloat16."""
     if torch.cuda.is_available():
@@ -147,7 +156,7 @@ def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
         settings.model.vision,
         settings.model.language,
         config_overrides={**_options(settings.model), "image_token_index": image_token_id},
-        dtype=DTYPES[settings.model.dtype],
+        dtype=_weight_dtype(settings),
     )
     return model, _processor(settings, tokenizer, model.config)
 
@@ -205,7 +214,7 @@ def _from_run(settings: Settings, folder: Path) -> tuple[Any, ProxyVProcessor]:
                 "from another run"
             )
     model, info = ProxyVForConditionalGeneration.from_pretrained(
-        folder, dtype=DTYPES[settings.model.dtype], output_loading_info=True
+        folder, dtype=_weight_dtype(settings), output_loading_info=True
     )
     faults = {
         key: sorted(map(str, info.get(key) or ()))

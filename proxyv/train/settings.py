@@ -100,7 +100,7 @@ class ModelSettings:
     template: str = option("v1", "chat template; see proxyv/data/template_table.py")
     dtype: str = option(
         "bfloat16",
-        "type of weights and activations while training; optimizer states stay float32; auto is "
+        "type of the computation; the optimizer updates float32 weights in any case; auto is "
         "bfloat16 where the hardware multiplies it",
         choices=("auto", "float32", "bfloat16"),
     )

@@ -6,6 +6,7 @@ driven by ``TrainingArguments`` on a CPU as on GPUs.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -58,9 +59,7 @@ def training_arguments(
     """Translate settings into what transformers' trainer takes."""
     optim, run, data = settings.optim, settings.run, settings.data
     gpu = torch.cuda.is_available()
-    if run.tracker == "wandb":
-        os.environ["WANDB_MODE"] = run.wandb_mode
-        os.environ["WANDB_PROJECT"] = run.project
+    _prepare_tracker(settings, output_dir)
     steps = total_steps(settings, rows, ranks)
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -99,6 +98,24 @@ def training_arguments(
         disable_tqdm=True,  # progress.py shows its own
         log_level="warning",
     )
+
+
+def _prepare_tracker(settings: Settings, output_dir: Path) -> None:
+    """Tell wandb where to go.
+
+    Raises:
+        ValueError: the tracker's package is not installed.
+    """
+    run = settings.run
+    if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
+        raise ValueError(
+            f"run.tracker={run.tracker}: that package is not installed; pip install {run.tracker}, "
+            "or leave run.tracker=none (metrics.jsonl is written in any case)"
+        )
+    if run.tracker == "wandb":
+        os.environ["WANDB_MODE"] = run.wandb_mode
+        os.environ["WANDB_PROJECT"] = run.project
+        os.environ.setdefault("WANDB_DIR", str(output_dir))
 
 
 def _deepspeed_config(settings: Settings) -> dict[str, Any] | None:
