@@ -25,10 +25,10 @@ else
 fi
 
 stamp "2/5 stage 1: projector, newline token and ProxyV modules learn to connect tower and LLM"
-bash scripts/pretrain.sh tiny "run.output_dir=$runs/pretrain" "$@"
+bash scripts/pretrain.sh tiny "run.output_dir=$runs/pretrain" run.overwrite=true "$@"
 
 stamp "3/5 stage 2: the language model learns along"
-bash scripts/finetune.sh tiny "model.init_from=$runs/pretrain" "run.output_dir=$runs/finetune" "$@"
+bash scripts/finetune.sh tiny "model.init_from=$runs/pretrain" "run.output_dir=$runs/finetune" run.overwrite=true "$@"
 
 stamp "4/5 evaluation on pages, typefaces and layouts that training never showed"
 python -m proxyv.eval --model "$runs/finetune" --tasks docvqa,chartqa --data "$world" \

@@ -78,9 +78,9 @@ def make_document(
     Returns:
         The page, clean (``degrade`` wears it), with at least two questions.
     """
-    kind = str(rng.choice(list(LAYOUTS), p=[0.4, 0.15, 0.15, 0.12, 0.18]))
-    layout = str(rng.choice(LAYOUTS[kind][split]))
     while True:
+        kind = str(rng.choice(list(LAYOUTS), p=[0.4, 0.15, 0.15, 0.12, 0.18]))
+        layout = str(rng.choice(LAYOUTS[kind][split]))
         sheet = Sheet(random_style(rng, split), size_hw)
         words = Words(rng, split)
         try:
@@ -164,8 +164,10 @@ def _form(sheet: Sheet, words: Words, layout: str) -> list[Question]:
     step = style.leading_px + float(rng.uniform(0, 4))
     step *= 2.0 if layout == "stacked" else 1.0
     step += 5.0 if layout == "boxed" else 0.0
-    count = min(_rows(sheet, y, step), int(rng.integers(4, 10)) * (sheet.height // 168))
+    count = min(_rows(sheet, y, step), int(rng.integers(4, 10)) * max(1, sheet.height // 168))
     chosen = [FIELDS[i] for i in rng.permutation(len(FIELDS))[: min(count, len(FIELDS))]]
+    if len(chosen) < 2:
+        raise TextTooLong("a form of two fields")
     bold_label = bool(rng.random() < 0.5)
     labels_px = max(sheet.length(field.label + ":", bold_label) for field in chosen)
     questions = []
@@ -398,6 +400,8 @@ def _table(sheet: Sheet, words: Words, layout: str) -> list[Question]:
     key = (lambda: words.first_name(9)) if first == "Name" else (lambda: words.product(9))
     columns = [str(c) for c in rng.choice(list(makers), size=2, replace=False)]
     count = min(_rows(sheet, y, step) - 1, int(rng.integers(3, 9)))
+    if count < 1:
+        raise TextTooLong("a table of one row")
     keys: list[str] = []
     while len(keys) < count:
         name = key()

@@ -47,13 +47,15 @@ class Mix:
     charts: float = 0.5
 
 
-def draw_page(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int = 168) -> Page:
+def draw_page(
+    seed: tuple[int, ...], split: Split, mix: Mix, size_hw: tuple[int, int] = (168, 168)
+) -> Page:
     """The page of a seed, worn as by a scanner; the same seed always gives the same page."""
     rng = np.random.default_rng(seed)
     shares = np.array([mix.text, mix.documents, mix.charts])
     kind = int(rng.choice(3, p=shares / shares.sum()))
     make = (make_text_page, make_document, make_chart)[kind]
-    return degrade(make(rng, split, (side_px, side_px)), rng)
+    return degrade(make(rng, split, size_hw), rng)
 
 
 def is_chart(page: Page) -> bool:
@@ -73,7 +75,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _draw(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> tuple[Page, bytes]:
-    page = draw_page(seed, split, mix, side_px)
+    page = draw_page(seed, split, mix, (side_px, side_px))
     return page, _png(page.image)
 
 

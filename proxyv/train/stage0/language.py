@@ -37,7 +37,9 @@ from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
 READ_SHARE = 0.3  # of the pages are copied in whole, the others asked about
-PAGE_TOKENS = 145  # 12 x 12 patches and the newline
+PAGE_HW = (168, 168)
+STRIP_HW = (56, 168)  # the first steps read pages of a few lines: finding and copying come sooner
+PATCH_PX = 14
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
@@ -65,6 +67,8 @@ class LanguageSettings:
     run: Path
     out: Path
     steps: int = 6000
+    strip_steps: int = 2000
+    strip_batch: int = 24
     batch: int = 12
     seed: int = 12
     ring: int = 3000
@@ -72,6 +76,7 @@ class LanguageSettings:
     workers: int = 1
     turns: int = 6
     mix: Mix = field(default_factory=lambda: Mix(text=0.2, documents=0.5, charts=0.3))
+    strip_mix: Mix = field(default_factory=lambda: Mix(text=0.25, documents=0.75, charts=0.0))
 
 
 class GridReader(Trainee):
@@ -90,12 +95,17 @@ class GridReader(Trainee):
         nn.init.normal_(self.slots.weight, std=0.05)
         self.cells = nn.Linear(3 * CELLS * CELLS, width, bias=False)
         nn.init.normal_(self.cells.weight, std=0.02)
-        self.places = nn.Embedding(PAGE_TOKENS - 1, width)  # as a tower's features have them
+        self.rows, self.columns = (side // PATCH_PX for side in PAGE_HW)
+        self.places = nn.Embedding(self.rows * self.columns, width)  # as a tower's features have
         nn.init.normal_(self.places.weight, std=0.02)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
-        self.ring = PageRing(settings.seed, settings.ring, settings.mix, 168, settings.workers)
+        rings = {STRIP_HW: settings.strip_mix, PAGE_HW: settings.mix}
+        self.rings = {
+            size_hw: PageRing(settings.seed, settings.ring, mix, size_hw, settings.workers)
+            for size_hw, mix in rings.items()
+        }
         self.held = {
-            kind: list(held_out(64, 900 + settings.seed, "test", mix, 168))
+            kind: list(held_out(64, 900 + settings.seed, "test", mix, PAGE_HW))
             for kind, mix in {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}.items()
         }
 
@@ -108,7 +118,7 @@ class GridReader(Trainee):
         picked = [page.questions[int(index)] for index in order]
         return [(question.text + suffix, question.answers[0]) for question in picked]
 
-    def _tokens(self, turns: list[tuple[str, str]]) -> Rendered:
+    def _tokens(self, turns: list[tuple[str, str]], patches: int) -> Rendered:
         """Ids and labels of a conversation about one page, image tokens included."""
         messages = [
             Turn(role, text)
@@ -118,24 +128,34 @@ class GridReader(Trainee):
                 ("assistant", answer),
             )
         ]
-        return self.renderer.render(messages, [PAGE_TOKENS])
+        return self.renderer.render(messages, [patches + 1])
 
-    def embed_page(self, slots: Tensor, images: Tensor) -> Tensor:
-        """(B, N, SLOTS) classes and (B, 3, H, W) pixels to (B, N + 1, width), newline last."""
-        B = len(slots)
+    def embed_page(self, slots: Tensor, images: Tensor, first_row: int = 0) -> Tensor:
+        """Embed pages as a projector would.
+
+        Args:
+            slots: (B, N, SLOTS) classes.
+            images: (B, 3, H, W) pixels in [0, 1].
+            first_row: the row of the full page that a strip's first row takes.
+
+        Returns:
+            (B, N + 1, width), newline last.
+        """
+        B, N, _ = slots.shape
         offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
-        colours = colour_cells(images, 14)
+        colours = colour_cells(images, PATCH_PX)
+        places = self.places.weight[first_row * self.columns :][:N]
         # Relative to the paper: else its constant colour drowns what is written on it.
         colours = colours - colours.median(dim=1, keepdim=True).values
-        grid = written.sum(2) + self.cells(colours) + self.places.weight
+        grid = written.sum(2) + self.cells(colours) + places
         return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
 
-    def logits(self, slots: Tensor, images: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, page: Tensor, ids: Tensor) -> Tensor:
         """Logits (B, S, V) of conversations whose image tokens are replaced by their page."""
         embeds = self.language.get_input_embeddings()(ids)
         is_page = (ids == self.renderer.image_token_id)[..., None]
-        embeds = embeds.masked_scatter(is_page, self.embed_page(slots, images).to(embeds.dtype))
+        embeds = embeds.masked_scatter(is_page, page.to(embeds.dtype))
         return self.language(inputs_embeds=embeds, use_cache=False).logits
 
     def _pad(self, rows: list[Rendered]) -> tuple[Tensor, Tensor]:
@@ -150,15 +170,21 @@ class GridReader(Trainee):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        if not self.ring.pages:
-            self.ring.drawn = step * settings.renew  # a resumed run goes on to new pages
-            self.ring.fill()
-        self.ring.renew(settings.renew)
+        strips = step < settings.strip_steps
+        ring = self.rings[STRIP_HW if strips else PAGE_HW]
+        if not ring.pages:
+            ring.drawn = step * settings.renew  # a resumed run goes on to new pages
+            ring.fill()
+        ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        pixels, slots, pages = self.ring.batch(rng, settings.batch, 14, shift_px=7)
-        ids, labels = self._pad([self._tokens(self._conversation(p, rng)) for p in pages])
+        size = settings.strip_batch if strips else settings.batch
+        pixels, slots, pages = ring.batch(rng, size, PATCH_PX, shift_px=7)
+        patches = slots.shape[1]
+        ids, labels = self._pad([self._tokens(self._conversation(p, rng), patches) for p in pages])
+        first_row = int(rng.integers(self.rows - patches // self.columns + 1))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.logits(torch.from_numpy(slots), to_tensor(pixels), ids)
+            page = self.embed_page(torch.from_numpy(slots), to_tensor(pixels), first_row)
+            logits = self.logits(page, ids)
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
         )
@@ -173,9 +199,10 @@ class GridReader(Trainee):
             hits = total = whole = answers = 0
             for image, glyphs, page in pages:
                 turns = [(q.text + prompt_suffix(page), q.answers[0]) for q in page.questions[:4]]
-                slots = torch.from_numpy(patch_targets(glyphs, (12, 12), 14))[None]
-                ids, labels = self._pad([self._tokens(turns)])
-                logits = self.logits(slots, to_tensor(image[None]), ids)
+                slots = patch_targets(glyphs, (self.rows, self.columns), PATCH_PX)
+                ids, labels = self._pad([self._tokens(turns, len(slots))])
+                one = self.embed_page(torch.from_numpy(slots[None]), to_tensor(image[None]))
+                logits = self.logits(one, ids)
                 said = labels[0] != IGNORE_INDEX
                 good = (logits.argmax(-1) == labels)[0]
                 hits, total = hits + int(good[said].sum()), total + int(said.sum())

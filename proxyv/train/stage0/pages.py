@@ -18,8 +18,10 @@ from proxyv.train.stage0.targets import glyph_array, patch_targets
 __all__ = ["PageRing", "held_out", "shifted"]
 
 
-def _draw_many(seeds: list[tuple[int, ...]], split: Split, mix: Mix, side_px: int) -> list[Page]:
-    return [draw_page(seed, split, mix, side_px) for seed in seeds]
+def _draw_many(
+    seeds: list[tuple[int, ...]], split: Split, mix: Mix, size_hw: tuple[int, int]
+) -> list[Page]:
+    return [draw_page(seed, split, mix, size_hw) for seed in seeds]
 
 
 class PageRing:
@@ -29,12 +31,14 @@ class PageRing:
         seed: stream of pages; stage 0 trains on its own seeds, the data sets use others.
         capacity: pages held at a time.
         mix: what kinds of page, in what shares.
-        side_px: page side.
+        size_hw: height and width of a page in pixels.
         workers: processes that draw pages beside the training (0: none, draw in place).
     """
 
-    def __init__(self, seed: int, capacity: int, mix: Mix, side_px: int, workers: int = 0) -> None:
-        self.seed, self.capacity, self.mix, self.side_px = seed, capacity, mix, side_px
+    def __init__(
+        self, seed: int, capacity: int, mix: Mix, size_hw: tuple[int, int], workers: int = 0
+    ) -> None:
+        self.seed, self.capacity, self.mix, self.size_hw = seed, capacity, mix, size_hw
         self.drawn = 0
         self.pages: list[Page] = []
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
@@ -64,15 +68,15 @@ class PageRing:
         missing = self.capacity - len(self.pages)
         for start in range(0, missing, 64):
             count = min(64, missing - start)
-            self._store(_draw_many(self._seeds(count), "train", self.mix, self.side_px))
+            self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
 
     def renew(self, count: int) -> None:
         """Replace the oldest pages; with a worker the new ones arrive when they are ready."""
         if self._pool is None:
-            self._store(_draw_many(self._seeds(count), "train", self.mix, self.side_px))
+            self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
             return
         if len(self._pending) < 4:
-            job = (self._seeds(count), "train", self.mix, self.side_px)
+            job = (self._seeds(count), "train", self.mix, self.size_hw)
             self._pending.append(self._pool.submit(_draw_many, *job))
         if self._pending[0].done():
             self._store(self._pending.pop(0).result())
@@ -86,7 +90,7 @@ class PageRing:
             images (B, H, W, 3) uint8, targets (B, patches, SLOTS) int64, and the pages.
         """
         chosen = rng.integers(len(self.pages), size=size)
-        grid = (self.side_px // patch_px, self.side_px // patch_px)
+        grid = (self.size_hw[0] // patch_px, self.size_hw[1] // patch_px)
         images, targets = [], []
         for index in chosen:
             image, glyphs = shifted(*self.arrays[index], rng, shift_px)
@@ -110,9 +114,9 @@ def shifted(
 
 
 def held_out(
-    count: int, seed: int, split: Split, mix: Mix, side_px: int
+    count: int, seed: int, split: Split, mix: Mix, size_hw: tuple[int, int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Page]]:
     """Pages for measuring, never used for training: image, glyphs, page."""
     for index in range(count):
-        page = draw_page((seed, index), split, mix, side_px)
+        page = draw_page((seed, index), split, mix, size_hw)
         yield np.asarray(page.image, dtype=np.uint8), glyph_array(page.glyphs), page

@@ -33,6 +33,7 @@ from proxyv.train.stage0.targets import (
 )
 
 GRID = 12  # patches on a side
+PAGE_HW = (168, 168)
 
 __all__ = ["TowerSettings", "tower_config", "train_tower"]
 
@@ -85,12 +86,10 @@ class ReadingTower(Trainee):
         self.read = nn.Linear(config.hidden_size, SLOTS * (len(ALPHABET) + 1))
         self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
         self.place = nn.Linear(config.hidden_size, 2 * GRID)  # row and column of the patch
-        self.ring = PageRing(
-            settings.seed, settings.ring, settings.mix, config.image_size, settings.workers
-        )
+        self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
         kinds = {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}
         self.held = {
-            f"{kind}_{split}": list(held_out(96, 900 + settings.seed, split, mix, 168))  # type: ignore[arg-type]
+            f"{kind}_{split}": list(held_out(96, 900 + settings.seed, split, mix, PAGE_HW))  # type: ignore[arg-type]
             for kind, mix in kinds.items()
             for split in ("train", "test")
         }
