@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,7 +63,7 @@ class Streams:
 
     Attributes:
         layout: how natural rows, light rows and full rows correspond.
-        light_mask: (B, 1, L, K) for the attention function in use.
+        light_mask: (B, 1, L, K) in the form of the attention function in use.
         proxy_mask: (B, 1, P, P+L[+past]) likewise; None where nothing needs proxies.
         rope_main: cosine and sine, each (B, P+L, rotary width).
         rope_full: the same for the full rows, (B, F, rotary width).
@@ -74,8 +75,8 @@ class Streams:
     """
 
     layout: SequenceLayout
-    light_mask: Tensor
-    proxy_mask: Tensor | None
+    light_mask: Tensor | BlockMask
+    proxy_mask: Tensor | BlockMask | None
     rope_main: tuple[Tensor, Tensor]
     rope_full: tuple[Tensor, Tensor]
     natural_keys: bool
@@ -89,6 +90,8 @@ class Streams:
         def move(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(move(part) for part in value)
+            if isinstance(value, BlockMask):
+                return value.to(device)  # type: ignore[arg-type]
             return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
 
         return Streams(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
@@ -273,14 +276,17 @@ class ProxyVLayerMixin:
         return attn.o_proj(out.flatten(2))
 
     def _call_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Call the attention function that the configuration names: (B, Q, H, h) and weights."""
         attn = self.self_attn
         name = attn.config._attn_implementation
         function = self._eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         dropout = attn.attention_dropout if attn.training else 0.0
-        return function(attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling)
+        out, weights = function(
+            attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling
+        )
+        return out, weights if name == "eager" else None
 
 
 def _take_keys(keys: Tensor, index: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class ProxyVTextMixin:
     gradient_checkpointing: bool
     training: bool
     _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_flex_attn = True
 
     def __init__(self, config: PreTrainedConfig, options: DecoderOptions) -> None:
         depth = config.num_hidden_layers
@@ -124,7 +124,7 @@ class ProxyVTextMixin:
         embeds: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
-    ) -> Tensor | None:
+    ) -> Any:
         """What the ordinary layers get: nothing if they can go without, else 2-D or our own."""
         if self.options.released:
             key_length = _key_length(past_key_values, window)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from proxyv.model.layout import SequenceLayout
 
@@ -78,11 +79,20 @@ def proxy_mask(layout: SequenceLayout, past_light_valid: Tensor | None = None) -
     return visible(queries, keys, valid)
 
 
-def to_backend(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+def to_backend(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:
     """Turn (B, Q, K) bool into what an attention function takes: (B, 1, Q, K).
 
-    ``eager`` adds a float mask to the scores; every other function takes the booleans.
+    ``eager`` adds a float mask to the scores, ``flex_attention`` skips blocks that are hidden
+    as a whole; every other function takes the booleans. On a CPU torch compiles flex attention
+    for every size of mask anew, and forward only.
     """
+    if implementation == "flex_attention":
+        B, Q, K = mask.shape
+        if mask.device.type == "cpu":  # its compiled kernel cannot read a mask of varying size
+            torch._dynamo.mark_static(mask)
+        return create_block_mask(
+            lambda b, h, q, k: mask[b, q, k], B, None, Q, K, device=str(mask.device)
+        )
     mask = mask[:, None]
     if implementation != "eager":
         return mask

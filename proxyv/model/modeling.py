@@ -83,7 +83,7 @@ class ProxyVModel(LlavaNextModel):
     config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
     _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_flex_attn = True
 
     def __init__(self, config: Any) -> None:
         super(LlavaNextModel, self).__init__(config)
@@ -298,7 +298,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
     config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
     _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_flex_attn = True
 
     def __init__(self, config: Any) -> None:
         super(LlavaNextForConditionalGeneration, self).__init__(config)
