@@ -25,13 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("backbone", choices=("tower", "language"))
     parser.add_argument("--run", type=Path, required=True, help="folder for state and log")
     parser.add_argument("--out", type=Path, help="default data/tiny/vision or data/tiny/language")
+    parser.add_argument("--init", type=Path, help="folder of an earlier result to start from")
     parser.add_argument("--steps", type=int, help="default 9000 for the tower, 6000 for language")
     parser.add_argument("--seed", type=int, help="default 11 for the tower, 12 for language")
     parser.add_argument("--threads", type=int, help="torch threads, default all")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    given = {k: v for k, v in vars(options).items() if k in ("steps", "seed") and v is not None}
+    given = {
+        k: v for k, v in vars(options).items() if k in ("steps", "seed", "init") and v is not None
+    }
     tiny = Path("data/tiny")
     if options.backbone == "tower":
         out = options.out or tiny / "vision"

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from proxyv.data.templates import IGNORE_INDEX, IMAGE_MARK, Rendered, Renderer, Turn
 from proxyv.synthetic.page import Page
 from proxyv.synthetic.world import READ_PROMPT, Mix, prompt_suffix
-from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
+from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import (
     ALPHABET,
@@ -74,6 +74,8 @@ class LanguageSettings:
     ring: int = 3000
     renew: int = 6
     workers: int = 1
+    held: int = 64
+    init: Path | None = None
     turns: int = 6
     mix: Mix = field(default_factory=lambda: Mix(text=0.2, documents=0.5, charts=0.3))
     strip_mix: Mix = field(default_factory=lambda: Mix(text=0.25, documents=0.75, charts=0.0))
@@ -105,7 +107,7 @@ class GridReader(Trainee):
             for size_hw, mix in rings.items()
         }
         self.held = {
-            kind: list(held_out(64, 900 + settings.seed, "test", mix, PAGE_HW))
+            kind: list(held_out(settings.held, 900 + settings.seed, "test", mix, PAGE_HW))
             for kind, mix in {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}.items()
         }
 
@@ -120,14 +122,10 @@ class GridReader(Trainee):
 
     def _tokens(self, turns: list[tuple[str, str]], patches: int) -> Rendered:
         """Ids and labels of a conversation about one page, image tokens included."""
-        messages = [
-            Turn(role, text)
-            for index, (question, answer) in enumerate(turns)
-            for role, text in (
-                ("user", question if index else f"{IMAGE_MARK}\n{question}"),
-                ("assistant", answer),
-            )
-        ]
+        messages = []
+        for index, (question, answer) in enumerate(turns):
+            asked = question if index else f"{IMAGE_MARK}\n{question}"
+            messages += [Turn("user", asked), Turn("assistant", answer)]
         return self.renderer.render(messages, [patches + 1])
 
     def embed_page(self, slots: Tensor, images: Tensor, first_row: int = 0) -> Tensor:
@@ -220,6 +218,8 @@ class GridReader(Trainee):
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     trainee = GridReader(settings)
+    if settings.init:
+        load_bf16(trainee, "language", settings.init)
     run_loop(
         trainee,
         Optimisers(trainee, matrix_rate=2e-3, other_rate=2e-3),
@@ -231,5 +231,5 @@ def train_language(settings: LanguageSettings) -> None:
         save_every=250,
         report=lambda line: print(line, flush=True),
     )
-    save_bf16(trainee.language, settings.out)
+    save_bf16(trainee, "language", settings.out)
     save_tokenizer(settings.out)

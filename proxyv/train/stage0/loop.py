@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["Optimisers", "Trainee", "learning_rate", "run_loop", "save_bf16"]
+__all__ = ["Optimisers", "Trainee", "learning_rate", "load_bf16", "run_loop", "save_bf16"]
+
+HEAD_FILE = "head.safetensors"
 
 
 def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
@@ -35,7 +38,8 @@ class Optimisers:
     """
 
     def __init__(self, module: nn.Module, matrix_rate: float, other_rate: float) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             hidden = parameter.ndim == 2 and "layers." in name
             (matrices if hidden else others).append(parameter)
@@ -126,14 +130,45 @@ def run_loop(
             os.replace(state_file.with_suffix(".tmp"), state_file)
 
 
-def save_bf16(model: nn.Module, folder: Path) -> None:
-    """Save a transformers model in bfloat16.
+def save_bf16(trainee: nn.Module, backbone: str, folder: Path) -> None:
+    """Save a trained backbone as a transformers folder in bfloat16, its head beside it.
+
+    The head (``head.safetensors``) is of no use but to train on from the folder; see ``load_bf16``.
+
+    Args:
+        trainee: what was trained.
+        backbone: the attribute of ``trainee`` that holds the transformers model.
+        folder: where to write.
 
     Raises:
         ValueError: a weight is not finite.
     """
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    state = {name: value.to(torch.bfloat16) for name, value in trainee.state_dict().items()}
     if not all(bool(torch.isfinite(value).all()) for value in state.values()):
-        raise ValueError(f"{folder}: weights hold values that are not finite")
-    model.config.dtype = torch.bfloat16  # type: ignore[union-attr]
-    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        raise ValueError(f"{folder}: weights hold values that are not finite; nothing was saved")
+    prefix = f"{backbone}."
+    model = getattr(trainee, backbone)
+    model.config.dtype = torch.bfloat16
+    body = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    model.save_pretrained(folder, state_dict=body)
+    head = {n: v.contiguous() for n, v in state.items() if not n.startswith(prefix)}
+    save_file(head, folder / HEAD_FILE)
+
+
+def load_bf16(trainee: nn.Module, backbone: str, folder: Path) -> None:
+    """Start a trainee from a folder that ``save_bf16`` wrote.
+
+    Raises:
+        ValueError: the folder does not hold exactly the weights of the trainee.
+    """
+    model = getattr(trainee, backbone)
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    head = load_file(folder / HEAD_FILE)
+    wanted = {n for n in trainee.state_dict() if not n.startswith(f"{backbone}.")}
+    if wanted != set(head):
+        raise ValueError(
+            f"{folder / HEAD_FILE}: missing {sorted(wanted - set(head))}, unexpected "
+            f"{sorted(set(head) - wanted)}; train from scratch or name another folder"
+        )
+    trainee.load_state_dict(head, strict=False)

@@ -46,7 +46,7 @@ class PageRing:
         self._pending: list = []
 
     def _seeds(self, count: int) -> list[tuple[int, ...]]:
-        seeds = [(self.seed, self.drawn + index) for index in range(count)]
+        seeds: list[tuple[int, ...]] = [(self.seed, self.drawn + i) for i in range(count)]
         self.drawn += count
         return seeds
 
@@ -76,8 +76,9 @@ class PageRing:
             self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
             return
         if len(self._pending) < 4:
-            job = (self._seeds(count), "train", self.mix, self.size_hw)
-            self._pending.append(self._pool.submit(_draw_many, *job))
+            seeds = self._seeds(count)
+            job = self._pool.submit(_draw_many, seeds, "train", self.mix, self.size_hw)
+            self._pending.append(job)
         if self._pending[0].done():
             self._store(self._pending.pop(0).result())
 
@@ -93,7 +94,8 @@ class PageRing:
         grid = (self.size_hw[0] // patch_px, self.size_hw[1] // patch_px)
         images, targets = [], []
         for index in chosen:
-            image, glyphs = shifted(*self.arrays[index], rng, shift_px)
+            image, glyphs = self.arrays[index]
+            image, glyphs = shifted(image, glyphs, rng, shift_px)
             images.append(image)
             targets.append(patch_targets(glyphs, grid, patch_px))
         return np.stack(images), np.stack(targets), [self.pages[i] for i in chosen]

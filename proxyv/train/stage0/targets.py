@@ -83,4 +83,4 @@ def colour_cells(images: Tensor, patch_px: int) -> Tensor:
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return torch.tensor(images).permute(0, 3, 1, 2).float() / 255

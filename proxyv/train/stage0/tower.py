@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from proxyv.synthetic.page import Split
 from proxyv.synthetic.world import Mix
-from proxyv.train.stage0.loop import Optimisers, Trainee, run_loop, save_bf16
+from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import (
     ALPHABET,
@@ -34,6 +35,7 @@ from proxyv.train.stage0.targets import (
 
 GRID = 12  # patches on a side
 PAGE_HW = (168, 168)
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 __all__ = ["TowerSettings", "tower_config", "train_tower"]
 
@@ -63,6 +65,8 @@ class TowerSettings:
     ring: int = 6000
     renew: int = 10
     workers: int = 1
+    held: int = 96
+    init: Path | None = None
     mix: Mix = field(default_factory=lambda: Mix(text=0.45, documents=0.33, charts=0.22))
 
 
@@ -89,9 +93,11 @@ class ReadingTower(Trainee):
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
         kinds = {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}
         self.held = {
-            f"{kind}_{split}": list(held_out(96, 900 + settings.seed, split, mix, PAGE_HW))  # type: ignore[arg-type]
+            f"{kind}_{split}": list(
+                held_out(settings.held, 900 + settings.seed, split, mix, PAGE_HW)
+            )
             for kind, mix in kinds.items()
-            for split in ("train", "test")
+            for split in SPLITS
         }
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,6 +154,8 @@ class ReadingTower(Trainee):
 def train_tower(settings: TowerSettings) -> None:
     """Train, resuming where a run stopped, and write the tower to ``settings.out`` in bf16."""
     trainee = ReadingTower(settings)
+    if settings.init:
+        load_bf16(trainee, "tower", settings.init)
     run_loop(
         trainee,
         Optimisers(trainee, matrix_rate=2e-3, other_rate=1e-3),
@@ -159,4 +167,4 @@ def train_tower(settings: TowerSettings) -> None:
         save_every=250,
         report=lambda line: print(line, flush=True),
     )
-    save_bf16(trainee.tower, settings.out)
+    save_bf16(trainee, "tower", settings.out)

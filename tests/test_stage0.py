@@ -1,0 +1,219 @@
+"""Stage 0: what is in each patch, the vocabulary, the loop that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from proxyv.data.templates import IGNORE_INDEX
+from proxyv.synthetic.page import Glyph
+from proxyv.synthetic.world import CHART_PROMPT, DOCUMENT_PROMPT, READ_PROMPT, Mix
+from proxyv.train.stage0.language import GridReader, LanguageSettings
+from proxyv.train.stage0.loop import (
+    Optimisers,
+    Trainee,
+    learning_rate,
+    load_bf16,
+    run_loop,
+    save_bf16,
+)
+from proxyv.train.stage0.pages import PageRing, shifted
+from proxyv.train.stage0.targets import (
+    ALPHABET,
+    BLANK,
+    SLOTS,
+    colour_cells,
+    glyph_array,
+    patch_targets,
+)
+from proxyv.train.stage0.tokenizer import PHRASES, SPECIALS, build_tokenizer
+from proxyv.train.stage0.tower import ReadingTower, TowerSettings
+
+
+def read(slots: np.ndarray) -> str:
+    return "".join(ALPHABET[index - 1] for index in slots if index != BLANK)
+
+
+def test_patches_read_lines_left_to_right() -> None:
+    glyphs = [
+        Glyph("c", 3, 10), Glyph("d", 9, 10.5), Glyph("b", 9, 2), Glyph("a", 3, 2.5),
+        Glyph("x", 15, 3), Glyph("é", 16, 3), Glyph("out", 40, 3), Glyph("z", -1, 3),
+    ]  # fmt: skip
+    slots = patch_targets(glyph_array(glyphs), (1, 2), 14)
+    assert [read(row) for row in slots] == ["abcd", "x"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(ALPHABET), st.floats(0, 27.9), st.floats(0, 41.9)), max_size=25
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_every_glyph_is_in_its_patch(glyphs: list[tuple[str, float, float]]) -> None:
+    slots = patch_targets(glyph_array([Glyph(*glyph) for glyph in glyphs]), (3, 2), 14)
+    for patch in range(6):
+        inside = [c for c, x, y in glyphs if int(y // 14) * 2 + int(x // 14) == patch]
+        found = sorted(read(slots[patch]))
+        assert len(found) == min(len(inside), SLOTS)
+        if len(inside) <= SLOTS:
+            assert found == sorted(inside)
+
+
+def test_colour_cells() -> None:
+    image = torch.zeros(1, 3, 28, 14)
+    image[:, 0, 14:] = 1.0  # the lower patch is red
+    cells = colour_cells(image, 14)
+    assert cells.shape == (1, 2, 48)
+    assert torch.equal(cells[0, 0], -torch.ones(48))
+    assert torch.equal(cells[0, 1], torch.tensor([1.0] * 16 + [-1.0] * 32))
+
+
+def test_shift_moves_picture_and_glyphs_together() -> None:
+    image = np.full((30, 40, 3), 255, dtype=np.uint8)
+    image[12, 20] = 0
+    glyphs = glyph_array([Glyph("a", 20, 12)])
+    places = set()
+    for seed in range(10):
+        moved, where = shifted(image, glyphs, np.random.default_rng(seed), 5)
+        y, x = np.argwhere(moved[..., 0] == 0)[0]
+        assert (where[0, 1], where[0, 2]) == (x, y)
+        places.add((int(x), int(y)))
+    assert len(places) > 4
+
+
+def test_vocabulary() -> None:
+    tokenizer = build_tokenizer()
+    for prompt in (DOCUMENT_PROMPT, CHART_PROMPT, READ_PROMPT):
+        assert prompt in PHRASES and len(tokenizer.encode(prompt, add_special_tokens=False)) == 1
+    text = "What is the total of A&B?\n#42 {x} ~"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.encode("é", add_special_tokens=False) == [tokenizer.unk_token_id]
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS] == list(range(7))
+
+
+def test_chat_template_equals_training_template() -> None:
+    reader_tokens = build_tokenizer()
+    talk = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A"},
+    ]
+    text = reader_tokens.apply_chat_template(talk, tokenize=False)
+    assert text == "<s><|user|><image>\nWhat is it?<|assistant|>A</s>"
+
+
+def test_learning_rate() -> None:
+    rates = [learning_rate(step, 1000, 100, 0.3) for step in range(1001)]
+    assert rates[0] == 0.01 and rates[99] == 1.0
+    assert all(rate == 1.0 for rate in rates[99:700])
+    assert rates[850] == pytest.approx(0.5) and rates[1000] == 0.0
+
+
+class Line(Trainee):
+    """Fits y = 3x + 1, with an own data order for each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(1, 8), nn.Linear(8, 1)])
+
+    def loss(self, step: int):
+        x = torch.randn(16, 1, generator=torch.Generator().manual_seed(step))
+        guess = self.layers[1](torch.tanh(self.layers[0](x)))
+        return (guess - 3 * x - 1).square().mean(), {"size": 16.0}
+
+    def measure(self) -> dict[str, float]:
+        return {"weight": float(self.layers[0].weight.sum())}
+
+
+def fit(folder: Path, stops: list[int], total: int = 60) -> dict[str, torch.Tensor]:
+    for steps in [*stops, total]:
+        line = Line()
+        run_loop(
+            line, Optimisers(line, 1e-2, 1e-2), folder, steps=steps, warmup=5, cooldown=0.0,
+            measure_every=20, save_every=10, report=lambda _: None,
+        )  # fmt: skip
+    return line.state_dict()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole, parts = fit(tmp_path / "whole", []), fit(tmp_path / "parts", [17, 40])
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    rows = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 60 and "weight" in rows[-1]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    reading = ReadingTower(TowerSettings(tmp_path, tmp_path / "out", held=0))
+    with torch.no_grad():
+        next(reading.tower.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        save_bf16(reading, "tower", tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("backbone", ["tower", "language"])
+def test_a_saved_backbone_can_be_trained_on(tmp_path: Path, backbone: str) -> None:
+    def fresh(seed: int) -> Trainee:
+        given = {"seed": seed, "held": 0}
+        if backbone == "tower":
+            return ReadingTower(TowerSettings(tmp_path, tmp_path, **given))
+        return GridReader(LanguageSettings(tmp_path, tmp_path, **given))
+
+    saved, other = fresh(1), fresh(2)
+    save_bf16(saved, backbone, tmp_path / "out")
+    load_bf16(other, backbone, tmp_path / "out")
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value.bfloat16().float(), other.state_dict()[name]), name
+    (tmp_path / "out/head.safetensors").unlink()
+    save_file({"strange": torch.zeros(1)}, tmp_path / "out/head.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected \['strange'\]"):
+        load_bf16(other, backbone, tmp_path / "out")
+
+
+def test_tower_and_language_model_take_a_step(tmp_path: Path) -> None:
+    small = {"ring": 4, "renew": 1, "workers": 0, "batch": 2, "held": 2}
+    tower = ReadingTower(TowerSettings(tmp_path / "t", tmp_path / "to", **small))
+    loss, numbers = tower.loss(0)
+    loss.backward()
+    assert torch.isfinite(loss) and 0 <= numbers["right"] <= 1
+    assert all(p.grad is not None for n, p in tower.named_parameters() if "post_layer" not in n)
+    assert set(tower.measure()) == {
+        "documents_train", "documents_test", "charts_train", "charts_test",
+    }  # fmt: skip
+    reader = GridReader(
+        LanguageSettings(tmp_path / "l", tmp_path / "lo", strip_steps=1, strip_batch=2, **small)
+    )
+    for step in (0, 1):  # a strip, then a page
+        loss, _ = reader.loss(step)
+        loss.backward()
+        assert torch.isfinite(loss)
+    assert set(reader.measure()) >= {"documents_answers", "charts_characters"}
+
+
+def test_language_model_is_supervised_on_answers_only(tmp_path: Path) -> None:
+    reader = GridReader(LanguageSettings(tmp_path, tmp_path, ring=2, workers=0, held=0))
+    ids, labels = reader._pad([reader._tokens([("What is it?", "A"), ("And now?", "BC")], 144)])
+    said = labels[0] != IGNORE_INDEX
+    assert reader.tokenizer.decode(labels[0][said]) == "A</s>BC</s>"
+    assert torch.equal(ids[0, 1:][said[:-1]], labels[0, :-1][said[:-1]])
+    assert int((ids == reader.renderer.image_token_id).sum()) == 145
+
+
+def test_ring_replaces_the_oldest() -> None:
+    ring = PageRing(3, 4, Mix(documents=1, charts=0), (168, 168))
+    ring.fill()
+    first = [page.caption for page in ring.pages]
+    ring.renew(2)
+    assert [page.caption for page in ring.pages][2:] == first[2:]
+    assert [page.caption for page in ring.pages][:2] != first[:2]
