@@ -307,7 +307,7 @@ def test_a_prepared_mask_is_refused_with_images(generator) -> None:
 
 def test_unsupported_attention_is_an_error_not_a_fallback() -> None:
     model = tiny_model()
-    for name in ("flash_attention_2", "flex_attention"):
+    for name in ("flash_attention_2", "no_such_attention"):
         with pytest.raises((ValueError, ImportError)):
             model.set_attn_implementation(name)
 
