@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -147,10 +148,7 @@ def save_bf16(trainee: nn.Module, backbone: str, folder: Path) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in state.values()):
         raise ValueError(f"{folder}: weights hold values that are not finite; nothing was saved")
     prefix = f"{backbone}."
-    model = getattr(trainee, backbone)
-    model.config.dtype = torch.bfloat16
-    body = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    model.save_pretrained(folder, state_dict=body)
+    copy.deepcopy(getattr(trainee, backbone)).to(torch.bfloat16).save_pretrained(folder)
     head = {n: v.contiguous() for n, v in state.items() if not n.startswith(prefix)}
     save_file(head, folder / HEAD_FILE)
 
