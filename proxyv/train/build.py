@@ -134,6 +134,7 @@ def _options(model: ModelSettings) -> dict[str, Any]:
         "start_layer": model.start_layer,
         "side_reduction": model.side_reduction,
         "proxy_kind": model.proxy_kind,
+        "learned_proxies": model.learned_proxies,
         "downsample": model.downsample,
         "layout": model.layout,
         "guided_ratio": model.guided_ratio,

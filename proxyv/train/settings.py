@@ -79,7 +79,14 @@ class ModelSettings:
         12, "first ProxyV layer of the language model; null is the baseline", low=0
     )
     side_reduction: int = option(4, "factor by which a crop's side shrinks to proxies", low=1)
-    proxy_kind: str = option("spatial", "how proxies are made", choices=("spatial",))
+    proxy_kind: str = option(
+        "spatial",
+        "how proxies are made: downsampled crops, or learned queries",
+        choices=("spatial", "learned"),
+    )
+    learned_proxies: int | None = option(
+        None, "proxies of a crop with proxy_kind=learned; null is as many as spatial ones", low=1
+    )
     downsample: str = option(
         "bilinear",
         "how spatial proxies are downsampled: bilinear without antialiasing, or block average",
@@ -104,7 +111,7 @@ class ModelSettings:
         "bfloat16 where the hardware multiplies it",
         choices=("auto", "float32", "bfloat16"),
     )
-    attention: str = option("sdpa", "attention kernel", choices=("sdpa", "eager"))
+    attention: str = option("sdpa", "attention kernel", choices=("sdpa", "eager", "flex_attention"))
 
 
 @dataclass
