@@ -67,7 +67,7 @@ class LanguageSettings:
     run: Path
     out: Path
     steps: int = 6000
-    strip_steps: int = 2000
+    strip_steps: int = 700
     strip_batch: int = 24
     batch: int = 12
     seed: int = 12
