@@ -25,7 +25,8 @@ from proxyv.train.stage0.loop import (
     run_loop,
     save_bf16,
 )
-from proxyv.train.stage0.pages import PageRing, shifted
+from proxyv.train.stage0.page_table import PageTable
+from proxyv.train.stage0.pages import PageRing, warped
 from proxyv.train.stage0.targets import (
     ALPHABET,
     BLANK,
@@ -82,11 +83,26 @@ def test_shift_moves_picture_and_glyphs_together() -> None:
     glyphs = glyph_array([Glyph("a", 20, 12)])
     places = set()
     for seed in range(10):
-        moved, where = shifted(image, glyphs, np.random.default_rng(seed), 5)
+        moved, where = warped(image, glyphs, np.random.default_rng(seed), 5)
         y, x = np.argwhere(moved[..., 0] == 0)[0]
         assert (where[0, 1], where[0, 2]) == (x, y)
         places.add((int(x), int(y)))
     assert len(places) > 4
+
+
+@given(st.integers(0, 10_000), st.integers(20, 60), st.integers(20, 60))
+@settings(max_examples=30, deadline=None)
+def test_stretch_moves_picture_and_glyphs_together(seed: int, x: int, y: int) -> None:
+    image = np.full((80, 80, 3), 255, dtype=np.uint8)
+    image[y - 1 : y + 2, x - 1 : x + 2] = 0
+    glyphs = glyph_array([Glyph("a", x + 0.5, y + 0.5)])
+    bent, where = warped(image, glyphs, np.random.default_rng(seed), 4, stretch=0.15)
+    assert bent.shape == image.shape
+    dark = 255.0 - bent[..., 0]
+    rows, columns = np.mgrid[:80, :80] + 0.5  # pixel (0, 0) reaches from 0 to 1
+    found = np.array([(dark * columns).sum(), (dark * rows).sum()]) / dark.sum()
+    assert np.abs(found - where[0, 1:]).max() < 0.35
+    assert where[0, 0] == glyphs[0, 0]
 
 
 def test_vocabulary() -> None:
@@ -217,3 +233,18 @@ def test_ring_replaces_the_oldest() -> None:
     ring.renew(2)
     assert [page.caption for page in ring.pages][2:] == first[2:]
     assert [page.caption for page in ring.pages][:2] != first[:2]
+
+
+def test_the_tower_learns_the_embedding_of_the_language_model(tmp_path: Path) -> None:
+    small = {"steps": 1, "ring": 2, "workers": 0, "held": 0}
+    reader = GridReader(LanguageSettings(tmp_path, tmp_path, **small))
+    save_bf16(reader, "language", tmp_path)
+    tower = ReadingTower(TowerSettings(tmp_path, tmp_path, language=tmp_path, held=0, workers=0))
+    images = torch.rand(1, 3, 168, 168)
+    slots = torch.randint(0, 90, (1, 144, SLOTS))
+    expected = reader.embed_page(slots, images)[:, :-1]
+    torch.testing.assert_close(tower.target[0](slots, images), expected, atol=2e-2, rtol=2e-2)
+    assert not any(name.startswith("target") for name in tower.state_dict())
+    save_file({"read.weight": torch.zeros(1)}, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"holds no page table.*stage0 language"):
+        PageTable.of_language(tmp_path, (12, 12), 14)

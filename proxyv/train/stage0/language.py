@@ -10,28 +10,22 @@ the tower. No picture is involved, and no page of the data sets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxyv.data.templates import IGNORE_INDEX, IMAGE_MARK, Rendered, Renderer, Turn
 from proxyv.synthetic.page import Page
 from proxyv.synthetic.world import READ_PROMPT, Mix, prompt_suffix
 from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
+from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, held_out
-from proxyv.train.stage0.targets import (
-    ALPHABET,
-    CELLS,
-    SLOTS,
-    colour_cells,
-    patch_targets,
-    to_tensor,
-)
+from proxyv.train.stage0.targets import patch_targets, to_tensor
 from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
@@ -40,6 +34,9 @@ READ_SHARE = 0.3  # of the pages are copied in whole, the others asked about
 PAGE_HW = (168, 168)
 STRIP_HW = (56, 168)  # the first steps read pages of a few lines: finding and copying come sooner
 PATCH_PX = 14
+SORTED_BATCHES = 4
+
+Batch = tuple[np.ndarray, np.ndarray, list[Rendered]]  # pixels, slots, conversations
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
@@ -76,8 +73,9 @@ class LanguageSettings:
     workers: int = 1
     held: int = 64
     init: Path | None = None
-    turns: int = 6
-    mix: Mix = field(default_factory=lambda: Mix(text=0.2, documents=0.5, charts=0.3))
+    turns: int = 8
+    noise: float = 0.04  # what a tower's features leave in doubt, beside embeddings of 0.15 RMS
+    mix: Mix = field(default_factory=lambda: Mix(text=0.1, documents=0.4, charts=0.5))
     strip_mix: Mix = field(default_factory=lambda: Mix(text=0.25, documents=0.75, charts=0.0))
 
 
@@ -92,20 +90,14 @@ class GridReader(Trainee):
         self.renderer = Renderer(self.tokenizer, "tiny")
         config = language_config(len(self.tokenizer))
         self.language = LlamaForCausalLM(config)
-        width = config.hidden_size
-        self.slots = nn.Embedding(SLOTS * (len(ALPHABET) + 1), width)
-        nn.init.normal_(self.slots.weight, std=0.05)
-        self.cells = nn.Linear(3 * CELLS * CELLS, width, bias=False)
-        nn.init.normal_(self.cells.weight, std=0.02)
         self.rows, self.columns = (side // PATCH_PX for side in PAGE_HW)
-        self.places = nn.Embedding(self.rows * self.columns, width)  # as a tower's features have
-        nn.init.normal_(self.places.weight, std=0.02)
-        self.newline = nn.Parameter(torch.randn(width) * 0.02)
+        self.table = PageTable(config.hidden_size, (self.rows, self.columns), PATCH_PX)
         rings = {STRIP_HW: settings.strip_mix, PAGE_HW: settings.mix}
         self.rings = {
             size_hw: PageRing(settings.seed, settings.ring, mix, size_hw, settings.workers)
             for size_hw, mix in rings.items()
         }
+        self._waiting: dict[tuple[int, int], list[Batch]] = {size_hw: [] for size_hw in rings}
         self.held = {
             kind: list(held_out(settings.held, 900 + settings.seed, "test", mix, PAGE_HW))
             for kind, mix in {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}.items()
@@ -129,25 +121,10 @@ class GridReader(Trainee):
         return self.renderer.render(messages, [patches + 1])
 
     def embed_page(self, slots: Tensor, images: Tensor, first_row: int = 0) -> Tensor:
-        """Embed pages as a projector would.
-
-        Args:
-            slots: (B, N, SLOTS) classes.
-            images: (B, 3, H, W) pixels in [0, 1].
-            first_row: the row of the full page that a strip's first row takes.
-
-        Returns:
-            (B, N + 1, width), newline last.
-        """
-        B, N, _ = slots.shape
-        offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
-        written = self.slots(slots + offsets) * (slots > 0).unsqueeze(-1)
-        colours = colour_cells(images, PATCH_PX)
-        places = self.places.weight[first_row * self.columns :][:N]
-        # Relative to the paper: else its constant colour drowns what is written on it.
-        colours = colours - colours.median(dim=1, keepdim=True).values
-        grid = written.sum(2) + self.cells(colours) + places
-        return torch.cat([grid, self.newline.expand(B, 1, -1)], dim=1)
+        """Pages as they enter the sequence: (B, N + 1, width), newline last."""
+        grid = self.table(slots, images, first_row)
+        newline = self.table.newline.to(grid).expand(len(grid), 1, -1)
+        return torch.cat([grid, newline], dim=1)
 
     def logits(self, page: Tensor, ids: Tensor) -> Tensor:
         """Logits (B, S, V) of conversations whose image tokens are replaced by their page."""
@@ -166,6 +143,17 @@ class GridReader(Trainee):
             labels[index, : len(row.labels) - 1] = torch.tensor(row.labels[1:])
         return ids, labels
 
+    def _batch(self, ring: PageRing, rng: np.random.Generator, size: int) -> Batch:
+        """Pages with a conversation each; drawn several batches at a time, to pad little."""
+        waiting = self._waiting[ring.size_hw]
+        if not waiting:
+            pixels, slots, pages = ring.batch(rng, size * SORTED_BATCHES, PATCH_PX, shift_px=7)
+            rows = [self._tokens(self._conversation(page, rng), slots.shape[1]) for page in pages]
+            by_length = np.argsort([len(row.input_ids) for row in rows]).reshape(-1, size)
+            for part in rng.permutation(by_length):
+                waiting.append((pixels[part], slots[part], [rows[i] for i in part]))
+        return waiting.pop()
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         strips = step < settings.strip_steps
@@ -176,12 +164,13 @@ class GridReader(Trainee):
         ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
         size = settings.strip_batch if strips else settings.batch
-        pixels, slots, pages = ring.batch(rng, size, PATCH_PX, shift_px=7)
+        pixels, slots, rows = self._batch(ring, rng, size)
+        ids, labels = self._pad(rows)
         patches = slots.shape[1]
-        ids, labels = self._pad([self._tokens(self._conversation(p, rng), patches) for p in pages])
         first_row = int(rng.integers(self.rows - patches // self.columns + 1))
         with torch.autocast("cpu", torch.bfloat16):
             page = self.embed_page(torch.from_numpy(slots), to_tensor(pixels), first_row)
+            page = page + settings.noise * torch.randn_like(page)
             logits = self.logits(page, ids)
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
@@ -217,9 +206,12 @@ class GridReader(Trainee):
 
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
+    if settings.init:
+        settings = replace(settings, strip_steps=0)  # it has learned to find and to copy
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)
+        trainee.table.requires_grad_(False)  # the tower learned to predict it as it is
     run_loop(
         trainee,
         Optimisers(trainee, matrix_rate=2e-3, other_rate=2e-3),

@@ -1,7 +1,8 @@
 """An endless, seeded supply of small-world pages for stage 0.
 
 Drawing a page costs as much as training on it, so pages live in a ring that is renewed a few at a
-time; each use shifts the page by some pixels, which moves every character within its patch.
+time; each use shifts the page by some pixels, which moves every character within its patch, and
+may stretch and slant it, which makes new typefaces of the few that there are.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from proxyv.synthetic.page import Page, Split
 from proxyv.synthetic.world import Mix, draw_page
 from proxyv.train.stage0.targets import glyph_array, patch_targets
 
-__all__ = ["PageRing", "held_out", "shifted"]
+__all__ = ["PageRing", "held_out", "warped"]
+
+
+START_PAGES = 1000  # what training begins with
 
 
 def _draw_many(
@@ -64,14 +69,12 @@ class PageRing:
     _next = 0
 
     def fill(self) -> None:
-        """Draw the first ``capacity`` pages."""
-        missing = self.capacity - len(self.pages)
-        for start in range(0, missing, 64):
-            count = min(64, missing - start)
-            self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
+        """Draw pages to begin with; ``renew`` adds more until the ring is full."""
+        missing = min(self.capacity, START_PAGES) - len(self.pages)
+        self._store(_draw_many(self._seeds(missing), "train", self.mix, self.size_hw))
 
     def renew(self, count: int) -> None:
-        """Replace the oldest pages; with a worker the new ones arrive when they are ready."""
+        """Add pages, then replace the oldest; a worker's arrive when they are ready."""
         if self._pool is None:
             self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
             return
@@ -83,9 +86,14 @@ class PageRing:
             self._store(self._pending.pop(0).result())
 
     def batch(
-        self, rng: np.random.Generator, size: int, patch_px: int, shift_px: int
+        self,
+        rng: np.random.Generator,
+        size: int,
+        patch_px: int,
+        shift_px: int,
+        stretch: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray, list[Page]]:
-        """Draw a batch of shifted pages.
+        """Draw a batch of pages, each seen a little differently (see ``warped``).
 
         Returns:
             images (B, H, W, 3) uint8, targets (B, patches, SLOTS) int64, and the pages.
@@ -95,24 +103,50 @@ class PageRing:
         images, targets = [], []
         for index in chosen:
             image, glyphs = self.arrays[index]
-            image, glyphs = shifted(image, glyphs, rng, shift_px)
+            image, glyphs = warped(image, glyphs, rng, shift_px, stretch)
             images.append(image)
             targets.append(patch_targets(glyphs, grid, patch_px))
         return np.stack(images), np.stack(targets), [self.pages[i] for i in chosen]
 
 
-def shifted(
-    image: np.ndarray, glyphs: np.ndarray, rng: np.random.Generator, shift_px: int
+def warped(
+    image: np.ndarray,
+    glyphs: np.ndarray,
+    rng: np.random.Generator,
+    shift_px: int,
+    stretch: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Move a page by up to ``shift_px`` in both directions; the border repeats its edge."""
-    if shift_px == 0:
-        return image, glyphs
-    dy, dx = (int(v) for v in rng.integers(-shift_px, shift_px + 1, size=2))
+    """Shift a page in both directions, and stretch and slant it; the border repeats its edge.
+
+    Args:
+        image: (H, W, 3) uint8.
+        glyphs: (G, 3) class, x, y.
+        rng: source of randomness.
+        shift_px: largest shift.
+        stretch: height and width grow by up to 1.5 times this share or shrink by it, each for
+            itself; lines slant by up to as many pixels a pixel.
+    """
     height, width = image.shape[:2]
-    rows = np.clip(np.arange(height) - dy, 0, height - 1)
-    columns = np.clip(np.arange(width) - dx, 0, width - 1)
-    moved = glyphs + np.array([0, dx, dy], dtype=np.float32)
-    return image[rows][:, columns], moved
+    move = rng.integers(-shift_px, shift_px + 1, size=2).astype(np.float64)  # x, y
+    if stretch == 0.0:
+        dx, dy = move.astype(int)
+        rows = np.clip(np.arange(height) - dy, 0, height - 1)
+        columns = np.clip(np.arange(width) - dx, 0, width - 1)
+        return image[rows][:, columns], glyphs + np.array([0, *move], dtype=np.float32)
+    scale = 1 + rng.uniform(-stretch, 1.5 * stretch, size=2)
+    slant = rng.uniform(-stretch, stretch)
+    forward = np.array([[scale[0], slant], [0.0, scale[1]]])
+    middle = np.array([width / 2, height / 2])
+    back = np.linalg.inv(forward)
+    margin = int(0.5 * max(height, width) * 3 * stretch) + shift_px + 2
+    padded = Image.fromarray(np.pad(image, ((margin, margin), (margin, margin), (0, 0)), "edge"))
+    start = middle - back @ (middle + move) + margin  # where the result's origin comes from
+    coefficients = (*back[0], start[0], *back[1], start[1])
+    size, affine, smooth = (width, height), Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    bent = np.asarray(padded.transform(size, affine, coefficients, smooth))
+    moved = glyphs.copy()
+    moved[:, 1:] = (glyphs[:, 1:] - middle) @ forward.T + middle + move
+    return bent, moved
 
 
 def held_out(

@@ -1,8 +1,9 @@
 """Stage 0, vision: teach a CLIP-architecture tower to read, by dense supervision.
 
-A head on the tower's last layer predicts, for each patch, the characters whose centres lie in it,
-the colours of its cells and where the patch is; the head is thrown away. The language model's loss
-alone would teach a raw tower to read far more slowly (see docs/log.md).
+Heads on the tower's last layer predict, for each patch, the characters whose centres lie in it,
+the colours of its cells, where the patch is, and the embedding by which the tiny language model
+knows such a patch; the heads are thrown away. The language model's loss alone would teach a raw
+tower to read far more slowly (see docs/log.md).
 
     python -m proxyv.train.stage0 tower --run runs/tower --steps 9000
 """
@@ -22,6 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from proxyv.synthetic.page import Split
 from proxyv.synthetic.world import Mix
 from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
+from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import (
     ALPHABET,
@@ -67,6 +69,8 @@ class TowerSettings:
     workers: int = 1
     held: int = 96
     init: Path | None = None
+    language: Path = Path("data/tiny/language")
+    stretch: float = 0.1
     mix: Mix = field(default_factory=lambda: Mix(text=0.45, documents=0.33, charts=0.22))
 
 
@@ -90,6 +94,9 @@ class ReadingTower(Trainee):
         self.read = nn.Linear(config.hidden_size, SLOTS * (len(ALPHABET) + 1))
         self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
         self.place = nn.Linear(config.hidden_size, 2 * GRID)  # row and column of the patch
+        table = PageTable.of_language(settings.language, (GRID, GRID), config.patch_size)
+        self.target = (table,)  # in a tuple it is no part of what is trained and saved
+        self.embed = nn.Linear(config.hidden_size, len(table.newline))
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
         kinds = {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}
         self.held = {
@@ -100,17 +107,13 @@ class ReadingTower(Trainee):
             for split in SPLITS
         }
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) in [0, 1] to what the head says of each patch.
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to what a projector would get: (B, N, hidden)."""
+        return self.tower(normalise(images)).last_hidden_state[:, 1:]
 
-        Returns:
-            character logits (B, N, SLOTS, V), cells (B, N, 48), places (B, N, 2, GRID).
-        """
-        hidden = self.tower(normalise(images)).last_hidden_state[:, 1:]
-        hidden = self.norm(hidden)
-        B, N, _ = hidden.shape
-        read = self.read(hidden).view(B, N, SLOTS, -1)
-        return read, self.paint(hidden), self.place(hidden).view(B, N, 2, GRID)
+    def letters(self, features: Tensor) -> Tensor:
+        """Logits of the characters in each patch: (B, N, SLOTS, V)."""
+        return self.read(self.norm(features)).view(*features.shape[:2], SLOTS, -1)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
@@ -119,19 +122,32 @@ class ReadingTower(Trainee):
             self.ring.fill()
         self.ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        pixels, slots, _ = self.ring.batch(rng, settings.batch, 14, shift_px=7)
+        pixels, slots, _ = self.ring.batch(rng, settings.batch, 14, 7, settings.stretch)
         images, target = to_tensor(pixels), torch.from_numpy(slots)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, cells, places = self.features(images)
-        count = int((target != BLANK).sum())
+            features = self.features(images)
+            logits, normed = self.letters(features), self.norm(features)
+            cells, places = self.paint(normed), self.place(normed)
+            said = self.embed(features)  # linear and not normed: as near as a projector can start
+        inked = target != BLANK
         reading = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="sum")
         painting = F.mse_loss(cells.float(), colour_cells(images, 14))
         here = torch.arange(GRID * GRID)
         where = torch.stack([here // GRID, here % GRID], dim=1).expand(len(images), -1, -1)
-        placing = F.cross_entropy(places.flatten(0, 2).float(), where.flatten())
-        right = (logits.argmax(-1) == target)[target != BLANK].float().mean().item()
-        numbers = {"right": right, "painting": painting.item(), "placing": placing.item()}
-        return reading / count + painting + 0.1 * placing, numbers
+        placing = F.cross_entropy(places.reshape(-1, GRID).float(), where.flatten())
+        wanted = self.target[0](target, images)
+        unexplained = F.mse_loss(said.float(), wanted) / wanted.var(dim=(0, 1)).mean()
+        size = features.float().square().mean()  # a projector expects features of unit size
+        loss = (
+            reading / inked.sum() + painting + 0.1 * placing + unexplained + 0.1 * (size - 1) ** 2
+        )
+        return loss, {
+            "right": (logits.argmax(-1) == target)[inked].float().mean().item(),
+            "painting": painting.item(),
+            "placing": placing.item(),
+            "unexplained": unexplained.item(),
+            "size": size.item(),
+        }
 
     def measure(self) -> dict[str, float]:
         """Share of characters right, in place and order, on pages never trained on."""
@@ -143,7 +159,8 @@ class ReadingTower(Trainee):
                 target = torch.from_numpy(
                     np.stack([patch_targets(glyphs, (12, 12), 14) for _, glyphs, _ in part])
                 )
-                logits, _, _ = self.features(to_tensor(np.stack([image for image, _, _ in part])))
+                images = to_tensor(np.stack([image for image, _, _ in part]))
+                logits = self.letters(self.features(images))
                 inked = target != BLANK
                 hits += int((logits.argmax(-1) == target)[inked].sum())
                 total += int(inked.sum())
