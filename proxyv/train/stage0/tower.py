@@ -36,6 +36,7 @@ from proxyv.train.stage0.targets import (
 )
 
 GRID = 12  # patches on a side
+PATCH_PX = 14
 PAGE_HW = (168, 168)
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -50,7 +51,7 @@ def tower_config() -> CLIPVisionConfig:
         num_hidden_layers=6,
         num_attention_heads=3,
         image_size=168,
-        patch_size=14,
+        patch_size=PATCH_PX,
         hidden_act="gelu",
     )
 
@@ -94,7 +95,7 @@ class ReadingTower(Trainee):
         self.read = nn.Linear(config.hidden_size, SLOTS * (len(ALPHABET) + 1))
         self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
         self.place = nn.Linear(config.hidden_size, 2 * GRID)  # row and column of the patch
-        table = PageTable.of_language(settings.language, (GRID, GRID), config.patch_size)
+        table = PageTable.of_language(settings.language, (GRID, GRID), PATCH_PX)
         self.target = (table,)  # in a tuple it is no part of what is trained and saved
         self.embed = nn.Linear(config.hidden_size, len(table.newline))
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
@@ -122,7 +123,7 @@ class ReadingTower(Trainee):
             self.ring.fill()
         self.ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        pixels, slots, _ = self.ring.batch(rng, settings.batch, 14, 7, settings.stretch)
+        pixels, slots, _ = self.ring.batch(rng, settings.batch, PATCH_PX, 7, settings.stretch)
         images, target = to_tensor(pixels), torch.from_numpy(slots)
         with torch.autocast("cpu", torch.bfloat16):
             features = self.features(images)
@@ -131,7 +132,7 @@ class ReadingTower(Trainee):
             said = self.embed(features)  # linear and not normed: as near as a projector can start
         inked = target != BLANK
         reading = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="sum")
-        painting = F.mse_loss(cells.float(), colour_cells(images, 14))
+        painting = F.mse_loss(cells.float(), colour_cells(images, PATCH_PX))
         here = torch.arange(GRID * GRID)
         where = torch.stack([here // GRID, here % GRID], dim=1).expand(len(images), -1, -1)
         placing = F.cross_entropy(places.reshape(-1, GRID).float(), where.flatten())
@@ -157,7 +158,9 @@ class ReadingTower(Trainee):
             for start in range(0, len(pages), 32):
                 part = pages[start : start + 32]
                 target = torch.from_numpy(
-                    np.stack([patch_targets(glyphs, (12, 12), 14) for _, glyphs, _ in part])
+                    np.stack(
+                        [patch_targets(glyphs, (GRID, GRID), PATCH_PX) for _, glyphs, _ in part]
+                    )
                 )
                 images = to_tensor(np.stack([image for image, _, _ in part]))
                 logits = self.letters(self.features(images))
