@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, ImagePipeline, check_rows
+from proxyv.data.failures import FailureLog
 from proxyv.data.images import DataError, ImageFolder
 from proxyv.data.sources import parse_row
 from proxyv.data.templates import IGNORE_INDEX, Renderer
@@ -61,6 +63,59 @@ def test_dummy_image_only_where_a_batch_has_none():
     assert batch["num_crops"].tolist() == [1]
     usual = collate([text(1), with_images(text(2), [1])])
     assert usual["input_ids"].tolist() == [[1], [2]]
+
+
+def test_failed_rows_are_left_out_and_named():
+    collate = Collator(0, DummyImage(image_token_id=4, tokens=3, crop_px=2), describe=True)
+    failed = {"failure": "f.json: row 3: no image"}
+    batch = collate([text(5) | {"where": "f.json: row 2"}, failed])
+    assert batch["rows"] == ["f.json: row 2"]
+    assert batch["failures"] == ["f.json: row 3: no image"]
+    assert batch["input_ids"].tolist() == [[5, 4, 4, 4]]
+    batch = collate([failed, failed])
+    assert batch["rows"] == [""]
+    assert len(batch["failures"]) == 2
+    assert batch["input_ids"].tolist() == [[0, 4, 4, 4]]
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    assert "failures" not in Collator(0)([text(5), failed])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_failing_images_are_skipped_counted_and_listed(tmp_path, workers):
+    Image.new("RGB", (6, 4)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    said = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A"}]
+    records = [
+        {"id": name, "image": f"{name}.png", "conversations": said}
+        for name in ("good", "bad", "gone", "good")
+    ]
+    source = [parse_row(r, "f.json", i, ImageFolder(tmp_path)) for i, r in enumerate(records)]
+    with pytest.raises(DataError, match=r"row 1 \(id 'bad'\).* is not an image"):
+        dataset(source)[1]
+    loader = DataLoader(
+        dataset(source, on_failure="skip"),
+        batch_size=2,
+        collate_fn=Collator(0, describe=True),
+        num_workers=workers,
+    )
+    log = FailureLog(tmp_path / "run" / "failures.txt")
+    for _ in range(2):  # two passes name a row once
+        batches = list(loader)
+        for batch in batches:
+            log.add(batch["failures"])
+    assert [len(batch["input_ids"]) for batch in batches] == [1, 1]
+    assert [batch["rows"][0][:13] for batch in batches] == ["f.json: row 0", "f.json: row 3"]
+    listed = log.path.read_text().splitlines()
+    assert len(listed) == len(log) == 2
+    assert "(id 'bad')" in listed[0] and "(id 'gone')" in listed[1]
+    again = FailureLog(log.path)
+    assert again.add([listed[0], "a new one\nin two lines"]) == ["a new one in two lines"]
+    assert len(again) == 3
+
+
+def test_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="unknown value of on_failure 'skp': did you mean 'skip'"):
+        dataset(rows(1), on_failure="skp")
 
 
 def rows(number, answer="yes", image=True):

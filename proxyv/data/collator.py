@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Sample(TypedDict, total=False):
     """(N,) real crops of each image."""
     image_sizes: Tensor
     """(N, 2) height and width of each image before any resizing."""
+    where: str
+    """File, row number and id, for messages."""
+    failure: str
+    """Where a row that cannot be used is, and why; such a row has no other entry."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +73,46 @@ class Collator:
     ``[[5, 6, 0], [7, 0, 0]]`` and mask ``[[1, 1, 1], [1, 0, 0]]``: the mask comes from the
     lengths, so the real 0 of the first row stays.
 
+    Rows that failed (policy ``skip`` of the dataset) are left out, so B is smaller; where all
+    failed, one token without a label stands for them, and the batch adds nothing to the loss.
+
     Args:
         pad_token_id: id to pad with; any id will do.
         dummy: given to a batch without images; None leaves such a batch as it is.
+        describe: add ``rows`` and ``failures`` to a batch. They are no model inputs: whoever asks
+            for them takes them out (``batch.pop``) before the model sees the batch.
     """
 
-    def __init__(self, pad_token_id: int, dummy: DummyImage | None = None) -> None:
-        self.pad_token_id, self.dummy = pad_token_id, dummy
+    def __init__(
+        self, pad_token_id: int, dummy: DummyImage | None = None, describe: bool = False
+    ) -> None:
+        self.pad_token_id, self.dummy, self.describe = pad_token_id, dummy, describe
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Make a batch.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` (B, S); and, where a row has images,
             ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,), ``image_sizes`` (N, 2) of all
-            images of the batch in row order.
+            images of the batch in row order. With ``describe`` also two lists of strings:
+            ``rows``, where each row of the batch comes from, and ``failures``, a message for each
+            row left out, which begins with where it comes from.
         """
+        failures = [sample["failure"] for sample in samples if "failure" in sample]
+        samples = [sample for sample in samples if "failure" not in sample] or [self._nothing()]
+        batch: dict[str, Any] = dict(self._tensors(samples))
+        if self.describe:
+            batch["rows"] = [sample.get("where", "") for sample in samples]
+            batch["failures"] = failures
+        return batch
+
+    def _nothing(self) -> Sample:
+        """A row of one token that nothing is learned from."""
+        return Sample(
+            input_ids=torch.tensor([self.pad_token_id]), labels=torch.tensor([IGNORE_INDEX])
+        )
+
+    def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         if self.dummy is not None and not any("pixel_values" in sample for sample in samples):
             shortest = min(range(len(samples)), key=lambda row: len(samples[row]["input_ids"]))
             samples = list(samples)

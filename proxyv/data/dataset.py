@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from proxyv.cli import nearest
 from proxyv.data.collator import Sample
 from proxyv.data.images import DataError
 from proxyv.data.sources import Row, Source
 from proxyv.data.templates import Rendered, Renderer
 
-__all__ = ["ConversationDataset", "DataReport", "ImagePipeline", "check_rows"]
+__all__ = ["FAILURE_POLICIES", "ConversationDataset", "DataReport", "ImagePipeline", "check_rows"]
+
+FAILURE_POLICIES = ("raise", "skip")
+"""What a row that cannot be used may do; see :class:`ConversationDataset`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class ConversationDataset(Dataset[Sample]):
         images: makes crops.
         max_length: longest row in tokens; what lies beyond is cut off on the right.
         limit: use only the first rows; None uses all.
+        on_failure: what a row that cannot be used does (its image is missing, corrupt, too large,
+            or its text is no conversation): ``raise`` stops with its name; ``skip`` gives a sample
+            with the entry ``failure`` alone, which the collator leaves out and reports. No other
+            row ever takes its place.
+
+    Raises:
+        ValueError: another ``on_failure``.
     """
 
     def __init__(
@@ -52,7 +63,11 @@ class ConversationDataset(Dataset[Sample]):
         images: ImagePipeline,
         max_length: int,
         limit: int | None = None,
+        on_failure: str = "raise",
     ) -> None:
+        if on_failure not in FAILURE_POLICIES:
+            raise ValueError(nearest("value of on_failure", on_failure, FAILURE_POLICIES))
+        self.on_failure = on_failure
         self.source, self.renderer, self.images = source, renderer, images
         self.max_length = max_length
         self._length = len(source) if limit is None else min(limit, len(source))
@@ -65,15 +80,23 @@ class ConversationDataset(Dataset[Sample]):
         """One row as tensors.
 
         Raises:
-            DataError: the row cannot be used; the message names it.
+            DataError: the row cannot be used, and ``on_failure`` is ``raise``; the message names
+                the row.
         """
-        row = self.source[index]
+        try:
+            return self._tensors(self.source[index])
+        except DataError as error:
+            if self.on_failure == "raise":
+                raise
+            return Sample(failure=str(error))
+
+    def _tensors(self, row: Row) -> Sample:
         pictures = [reference.load() for reference in row.images]
         if not pictures:
-            return self._text(self._render(row, []))
+            return self._text(row, self._render(row, []))
         inputs = self.images.inputs(pictures)
         num_crops = torch.as_tensor(inputs["num_crops"], dtype=torch.long)
-        sample = self._text(self._render(row, num_crops.tolist()))
+        sample = self._text(row, self._render(row, num_crops.tolist()))
         sample["pixel_values"] = inputs["pixel_values"]
         sample["num_crops"] = num_crops
         sample["image_sizes"] = torch.as_tensor(inputs["image_sizes"], dtype=torch.long)
@@ -105,8 +128,9 @@ class ConversationDataset(Dataset[Sample]):
         )
 
     @staticmethod
-    def _text(rendered: Rendered) -> Sample:
+    def _text(row: Row, rendered: Rendered) -> Sample:
         return Sample(
+            where=row.where,
             input_ids=torch.tensor(rendered.input_ids, dtype=torch.long),
             labels=torch.tensor(rendered.labels, dtype=torch.long),
         )
