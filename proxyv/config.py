@@ -15,7 +15,7 @@ __all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "PACKINGS", "PROXY_KINDS", "ProxyVConf
 PROXY_KINDS = ("spatial", "learned")
 DOWNSAMPLE_MODES = ("bilinear", "average")
 LAYOUTS = ("natural", "released")
-PACKINGS = ("crops",)
+PACKINGS = ("crops", "llava_next")
 
 
 class ProxyVConfig(LlavaNextConfig):
@@ -36,12 +36,16 @@ class ProxyVConfig(LlavaNextConfig):
         guided_ratio: hidden width of the guided update as a share of the model width; None takes
             the authors' rule, 1/4 from a width of 1024 on and 1/2 below.
         packing: how an image becomes tokens; "crops" puts the crops one after another, each
-            followed by one newline token.
+            followed by one newline token. "llava_next" is what stock LLaVA-NeXT checkpoints
+            expect: the thumbnail, then the tiles as one picture without what only pads, a
+            newline after each row. It is for the baseline: its rows are no crops that proxies
+            could be made of.
         **kwargs: the fields of ``LlavaNextConfig``.
 
     Raises:
         ValueError: an option outside the values above, a reduction that does not divide the crop
-            side, or a start layer that the language model does not have.
+            side, a start layer that the language model does not have, or packing "llava_next"
+            with a start layer or with released positions.
     """
 
     model_type = "proxyv"
@@ -74,9 +78,13 @@ class ProxyVConfig(LlavaNextConfig):
 
     @property
     def proxies_per_crop(self) -> int:
-        """Proxies of one crop: (s / r) ** 2, or what ``learned_proxies`` says."""
+        """Proxies of one crop that is not pooled."""
+        return self.num_proxies(self.side)
+
+    def num_proxies(self, side: int) -> int:
+        """Proxies of a crop of ``side`` x ``side`` tokens: (side / r) ** 2, or the learned ones."""
         if self.proxy_kind == "spatial":
-            return (self.side // self.side_reduction) ** 2
+            return (side // self.side_reduction) ** 2
         if self.learned_proxies is not None:
             return self.learned_proxies
         return self.side**2 // self.side_reduction**2
@@ -109,6 +117,16 @@ class ProxyVConfig(LlavaNextConfig):
             raise ValueError(
                 f"guided_ratio must be a number above 0 and at most 4, or null, got {ratio!r}"
             )
+        if self.packing == "llava_next" and self.start_layer is not None:
+            raise ValueError(
+                f"packing='llava_next' is for the baseline, but start_layer={self.start_layer!r}: "
+                "set start_layer to null, or packing to 'crops'"
+            )
+        if self.packing == "llava_next" and self.layout != "natural":
+            raise ValueError(
+                f"packing='llava_next' has no newline after a crop that layout={self.layout!r} "
+                "could move: set layout to 'natural', or packing to 'crops'"
+            )
         if self.start_layer is None:
             return
         layers = self.text_config.num_hidden_layers
@@ -117,16 +135,26 @@ class ProxyVConfig(LlavaNextConfig):
                 f"start_layer={self.start_layer!r} is not a layer of the language model: use an "
                 f"integer from 0 to {layers - 1} (it has {layers} layers), or null for the baseline"
             )
-        if self.proxy_kind == "spatial" and self.side % self.side_reduction != 0:
-            divisors = [r for r in range(1, self.side + 1) if self.side % r == 0]
+        self.check_crop_side(self.side)
+
+    def check_crop_side(self, side: int) -> None:
+        """Check that crops of ``side`` x ``side`` full tokens can have proxies.
+
+        Raises:
+            ValueError: a reduction that does not divide the side, or leaves no proxy.
+        """
+        if self.start_layer is None:
+            return
+        if self.proxy_kind == "spatial" and side % self.side_reduction != 0:
+            divisors = [r for r in range(1, side + 1) if side % r == 0]
             raise ValueError(
                 f"side_reduction={self.side_reduction} does not divide the crop side of "
-                f"{self.side} patches: use one of {divisors}"
+                f"{side} patches: use one of {divisors}"
             )
-        if self.proxies_per_crop < 1:
+        if self.num_proxies(side) < 1:
             raise ValueError(
-                f"side_reduction={self.side_reduction} leaves a crop of {self.side}**2 tokens no "
-                f"proxy: use at most {self.side}, or set learned_proxies"
+                f"side_reduction={self.side_reduction} leaves a crop of {side}**2 tokens no "
+                f"proxy: use at most {side}, or set learned_proxies"
             )
 
     def _check_learned_proxies(self) -> None:

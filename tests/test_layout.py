@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxyv.model.crops import ImageGrid
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
 
 SIDE, REDUCE = 4, 2
@@ -16,6 +17,10 @@ rows = st.lists(  # one batch row: text lengths (integers) and crops of images (
     st.one_of(st.integers(1, 5), st.integers(1, 4).map(str)), min_size=1, max_size=4
 )
 batches = st.lists(rows, min_size=1, max_size=4)
+
+
+def grids(crops: list[int], side: int = SIDE) -> list[ImageGrid]:
+    return [ImageGrid(count, side, count * (side**2 + 1)) for count in crops]
 
 
 def masks(batch: list[list[int | str]], side: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -39,8 +44,8 @@ def masks(batch: list[list[int | str]], side: str) -> tuple[torch.Tensor, torch.
 
 def lay_out(batch, side="right", released=False) -> tuple[SequenceLayout, torch.Tensor]:
     image, real, crops = masks(batch, side)
-    spans = find_images(image, crops, PER_CROP)
-    return build_layout(spans, real, SIDE, (SIDE // REDUCE) ** 2, released=released), real
+    spans = find_images(image, grids(crops))
+    return build_layout(spans, real, lambda side: (side // REDUCE) ** 2, released=released), real
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -126,12 +131,12 @@ def test_moving_keeps_everything() -> None:
 def test_tokens_and_images_that_do_not_fit_are_refused(batch, crops, words) -> None:
     image, _, _ = masks(batch, "right")
     with pytest.raises(ValueError) as error:
-        find_images(image, crops, PER_CROP)
+        find_images(image, grids(crops))
     for word in words:
         assert word in str(error.value)
 
 
 def test_adjacent_images_are_told_apart() -> None:
     image, _, _ = masks([["2", "1"]], "right")
-    spans = find_images(image, [2, 1], PER_CROP)
-    assert [(span.start, span.num_crops) for span in spans[0]] == [(0, 2), (34, 1)]
+    spans = find_images(image, grids([2, 1]))
+    assert [(span.start, span.grid.num_crops) for span in spans[0]] == [(0, 2), (34, 1)]

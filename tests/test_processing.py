@@ -185,7 +185,9 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path) -> None:
         ({"text": "a", "images": []}, ["images is an empty list"]),
         ({}, ["give text, images or both"]),
         ({"images": picture(5, 5), "image_aspect_ratio": "crop"}, ["'crop'", "pad, anyres"]),
-        ({"text": "a", "videos": [1]}, ["videos were given"]),
+        ({"text": "a", "videos": [[1]]}, ["0 <video>", "1 videos were given"]),
+        ({"text": "<video>", "videos": 3}, ["a video is a int", "list of frames"]),
+        ({"text": "a", "audio": [1]}, ["audio was given"]),
         (
             {"text": "<image>", "images": picture(5, 5), "truncation": True, "max_length": 9},
             ["text 0 has 9 image tokens", "raise max_length"],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from proxyv.model.guided_update import GuidedUpdate
+from proxyv.model.layout import CropGroup
 from proxyv.model.linear import FreshLinear
 from proxyv.model.proxies import (
     ProxyInitializer,
@@ -56,7 +57,9 @@ def test_guided_update_equals_the_concatenated_form() -> None:
     joined = torch.cat([update.input_proj(full), update.context_proj(covering)], dim=-1)
     merge = torch.cat([update.merge_input.weight, update.merge_context.weight], dim=1)
     expected = update.norm(full + update.output_proj(F.silu(joined @ merge.T)))
-    torch.testing.assert_close(update(full, proxies, 4, 2), expected)
+    torch.testing.assert_close(
+        update(full, proxies, [CropGroup(4, full.shape[1] // 16, 4)], 2), expected
+    )
 
 
 def test_guided_update_has_the_papers_size() -> None:
@@ -118,7 +121,7 @@ def test_the_splat_commutes_with_the_projections_of_the_context() -> None:
     joined = torch.cat([update.input_proj(full), update.context_proj(context)], dim=-1)
     merge = torch.cat([update.merge_input.weight, update.merge_context.weight], dim=1)
     expected = update.norm(full + update.output_proj(F.silu(joined @ merge.T)))
-    torch.testing.assert_close(update(full, proxies, 0, 0, splat), expected)
+    torch.testing.assert_close(update(full, proxies, (), 0, [splat]), expected)
 
 
 def golden_sets() -> list:
@@ -156,7 +159,7 @@ def test_learned_proxies_are_the_authors(path: Path) -> None:
     )
     with torch.no_grad():
         proxies, ours = make(full, crop_tokens)
-        out = update(full, tensors["updated_proxy"], 0, 0, ours)
+        out = update(full, tensors["updated_proxy"], (), 0, [ours])
     close = {"atol": 1e-5, "rtol": 0}
     torch.testing.assert_close(proxies, tensors["proxy_tokens"], **close)
     torch.testing.assert_close(ours, splat.view(B, -1, crop_tokens, m), **close)

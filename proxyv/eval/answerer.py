@@ -17,7 +17,6 @@ from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, Renderer
 from proxyv.eval.hub import hub_reachable
-from proxyv.model.processing import num_image_tokens
 
 __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
 
@@ -151,8 +150,7 @@ class Answerer:
         """Build the left-padded batch; text alone brings no pixels."""
         flat = [image for own in images for image in own]
         pixels: dict[str, torch.Tensor] = self.processor.image_inputs(flat) if flat else {}
-        crops = pixels["num_crops"].tolist() if flat else []
-        lengths = iter([num_image_tokens(count, self.processor.side) for count in crops])
+        lengths = iter(self.processor.token_counts(pixels) if flat else [])
         rows = [
             self.renderer.prompt(conversation, [next(lengths) for _ in own])
             for conversation, own in zip(conversations, images, strict=True)

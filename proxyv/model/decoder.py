@@ -3,9 +3,9 @@
 A ProxyV layer is a stock layer plus a guided update. Where no image is being read (decoding, text
 only) it runs its stock forward. Where one is, the rows travel in two streams,
 ``main = [proxy | light]`` (B, P+L, D) and ``full`` (B, F, D): the first ProxyV layer splits the
-natural sequence, each hands ``(None, main, full, splat)`` on, and the last joins them again;
-``splat`` is the matrix of learned proxies, None for spatial ones. Keys and values enter the cache
-in natural order and never hold a proxy.
+natural sequence, each hands ``(None, main, full, splats)`` on, and the last joins them again;
+``splats`` are the matrices of learned proxies, None for spatial ones. Keys and values enter the
+cache in natural order and never hold a proxy.
 
 Source: paper section 3.2; authors' modified LlamaDecoderLayer. Differs: no S x S mask, streams
     are split and joined once, the last layer updates no full token and makes no proxy.
@@ -13,7 +13,7 @@ Source: paper section 3.2; authors' modified LlamaDecoderLayer. Differs: no S x 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,8 +24,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.guided_update import GuidedUpdate
-from proxyv.model.layout import SequenceLayout
-from proxyv.model.proxies import ProxyInitializer, make_spatial_proxies
+from proxyv.model.layout import CropGroup, SequenceLayout
+from proxyv.model.proxies import (
+    ProxyInitializer,
+    join_groups,
+    make_spatial_proxies,
+    split_groups,
+)
 
 __all__ = [
     "DecoderOptions",
@@ -182,7 +187,7 @@ class ProxyVLayerMixin:
         """Run the layer.
 
         Args:
-            hidden_states: natural rows (B, S, D), or ``(natural or None, main, full, splat)`` as
+            hidden_states: natural rows (B, S, D), or ``(natural or None, main, full, splats)`` as
                 the ProxyV layer before hands them on.
             *args: passed to the stock layer.
             streams: set while images are being read; None runs the stock layer.
@@ -191,13 +196,13 @@ class ProxyVLayerMixin:
 
         Returns:
             Natural rows (B, S, D) from a stock run and from the last layer, else
-            ``(natural or None, main, full, splat)``.
+            ``(natural or None, main, full, splats)``.
         """
         if streams is None:
             return super().forward(  # type: ignore[misc]
                 hidden_states, *args, past_key_values=past_key_values, **kwargs
             )
-        main, full, splat = self._enter(hidden_states, streams.layout)
+        main, full, splats = self._enter(hidden_states, streams.layout)
         num_proxies = main.shape[1] - streams.layout.light_index.shape[1]
         attended = self._attend(main, full, num_proxies, streams, past_key_values)
         main = main + self._after_attention(attended)
@@ -206,29 +211,43 @@ class ProxyVLayerMixin:
         if self.is_last:
             return streams.layout.join(light, full)
         full = self.guided_update(
-            full, main[:, :num_proxies], streams.layout.side, self.side_reduction, splat
+            full, main[:, :num_proxies], streams.layout.groups, self.side_reduction, splats
         )
         natural = streams.layout.join(light, full) if streams.keep_hidden else None
-        return natural, main, full, splat
+        return natural, main, full, splats
 
     def _enter(
         self, hidden_states: Any, layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
         """The streams as this layer needs them; the last layer needs no proxies."""
         if isinstance(hidden_states, tuple):
-            _, main, full, splat = hidden_states
+            _, main, full, splats = hidden_states
             if self.is_last:
                 main = main[:, main.shape[1] - layout.light_index.shape[1] :]
-            return main, full, splat
+            return main, full, splats
         light, full = layout.split(hidden_states)
         if self.is_last:
             return light, full, None
-        splat = None
+        proxies, splats = self._make_proxies(full, layout.groups)
+        return torch.cat([proxies, light], dim=1), full, splats
+
+    def _make_proxies(
+        self, full: Tensor, groups: Sequence[CropGroup]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Proxies (B, P, D) of full rows (B, F, D), and the splat matrices of learned ones."""
+        parts = split_groups(full, [group.num_crops * group.side**2 for group in groups])
         if self.proxy_initializer is None:
-            proxies = make_spatial_proxies(full, layout.side, self.side_reduction, self.downsample)
-        else:  # crops that only pad have proxies that only pad, so no token needs a mask
-            proxies, splat = self.proxy_initializer(full, layout.side**2)
-        return torch.cat([proxies, light], dim=1), full, splat
+            spatial = [
+                make_spatial_proxies(part, group.side, self.side_reduction, self.downsample)
+                for part, group in zip(parts, groups, strict=True)
+            ]
+            return join_groups(spatial), None
+        # Crops that only pad have proxies that only pad, so no token needs a mask.
+        learned = [
+            self.proxy_initializer(part, group.side**2)
+            for part, group in zip(parts, groups, strict=True)
+        ]
+        return join_groups([proxies for proxies, _ in learned]), tuple(s for _, s in learned)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """(B, N, H*h) -> (B, H, N, h)."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from proxyv.model.crops import crop_counts
+from proxyv.model.crops import image_grids
 from proxyv.model.layout import find_images
 
 __all__ = ["IMAGE_INPUTS", "ImageGenerationMixin"]
 
-IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes")
+IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes", "pool_sizes")
 
 
 class ImageGenerationMixin:
@@ -82,17 +82,17 @@ class ImageGenerationMixin:
         self,
         expand_size: int,
         input_ids: Tensor | None,
-        images: dict[str, Tensor | None],
+        images: dict[str, Any],
         model_kwargs: dict[str, Any],
     ) -> Tensor:
         """Image of each image slot after every row was repeated ``expand_size`` times."""
         mask = self.model.image_mask(input_ids, model_kwargs.get("inputs_embeds"))
         pixel_values = images["pixel_values"]
         assert pixel_values is not None
-        counts = crop_counts(pixel_values, images["num_crops"])
+        grids = image_grids(self.config, **images)
         order: list[int] = []
         first = 0
-        for row in find_images(mask, counts, self.config.tokens_per_crop):
+        for row in find_images(mask, grids):
             order += list(range(first, first + len(row))) * expand_size
             first += len(row)
         return torch.tensor(order, device=pixel_values.device)

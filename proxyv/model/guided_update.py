@@ -10,13 +10,15 @@ can be folded with the projection before it, ``(W1a W_in) x``, see ``GuidedUpdat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from proxyv.model.layout import CropGroup
 from proxyv.model.linear import FreshLinear
-from proxyv.model.proxies import add_by_splat, add_to_blocks
+from proxyv.model.proxies import add_by_splat, add_to_blocks, join_groups, split_groups
 
 __all__ = ["GuidedUpdate"]
 
@@ -80,21 +82,22 @@ class GuidedUpdate(nn.Module):
         self,
         full: Tensor,
         proxies: Tensor,
-        side: int,
+        groups: Sequence[CropGroup],
         reduce: int,
-        splat: Tensor | None = None,
+        splats: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Refresh the full tokens.
 
         Args:
-            full: (B, C*side*side, D) as they entered the layer.
-            proxies: (B, P, D) as they leave it.
-            side: crop side in patches.
+            full: (B, F, D) as they entered the layer, group after group.
+            proxies: (B, P, D) as they leave it, likewise.
+            groups: the crops of each side; only spatial proxies need them.
             reduce: side reduction r of spatial proxies.
-            splat: (B, C, side*side, P/C) shares of learned proxies; None for spatial ones.
+            splats: for each group (B, C, n, m), the shares that the n tokens of a crop have in
+                its m learned proxies; None for spatial ones.
 
         Returns:
-            (B, C*side*side, D).
+            (B, F, D).
         """
         if self.fused_input is None or self.fused_context is None:
             hidden = self.merge_input(self.input_proj(full))  # (B, F, h)
@@ -102,10 +105,31 @@ class GuidedUpdate(nn.Module):
         else:
             hidden = torch.nn.functional.linear(full, self.fused_input)
             context = torch.nn.functional.linear(proxies, self.fused_context)
-        if splat is None:
-            hidden = add_to_blocks(hidden, context, side, reduce)
+        if splats is None:
+            hidden = join_groups(
+                [
+                    add_to_blocks(part, told, group.side, reduce)
+                    for part, told, group in zip(
+                        split_groups(hidden, [g.num_crops * g.side**2 for g in groups]),
+                        split_groups(context, [g.num_crops * g.num_proxies for g in groups]),
+                        groups,
+                        strict=True,
+                    )
+                ]
+            )
         else:
-            hidden = add_by_splat(hidden, context, splat)
+            sizes = [splat.shape[1:] for splat in splats]  # crops, tokens and proxies of each
+            hidden = join_groups(
+                [
+                    add_by_splat(part, told, splat)
+                    for part, told, splat in zip(
+                        split_groups(hidden, [C * n for C, n, _ in sizes]),
+                        split_groups(context, [C * m for C, _, m in sizes]),
+                        splats,
+                        strict=True,
+                    )
+                ]
+            )
         hidden = torch.nn.functional.silu(hidden)
         return self.norm(full + self.output_proj(hidden))
 

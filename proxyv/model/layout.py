@@ -6,28 +6,46 @@ L = E+T light tokens (those that keep their queries beside the proxies), S = F+E
 natural sequence, D width.
 
 An image occupies C*(s*s+1) consecutive rows: the full tokens of a crop in raster order, then its
-newline, crop after crop (thumbnail first). A row of the batch may hold any number of images.
+newline, crop after crop (thumbnail first). A row of the batch may hold any number of images. ``s``
+belongs to the image: crops of pooled video frames are smaller.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ImageSpan", "SequenceLayout", "build_layout", "find_images"]
+from proxyv.model.crops import ImageGrid
+
+__all__ = ["CropGroup", "ImageSpan", "SequenceLayout", "build_layout", "find_images"]
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """One image in one row of the batch: its first row of the sequence and its crops."""
+    """One image in one row of the batch: its first row of the sequence and what it becomes."""
 
     start: int
+    grid: ImageGrid
+
+
+class CropGroup(NamedTuple):
+    """Crops of one size, which lie together in the full stream and among the proxies.
+
+    Attributes:
+        side: crop side s in tokens.
+        num_crops: crops of each batch row, padding included.
+        num_proxies: proxies of each crop.
+    """
+
+    side: int
     num_crops: int
+    num_proxies: int
 
 
 @dataclass(frozen=True)
@@ -35,10 +53,11 @@ class SequenceLayout:
     """Index tensors that split the natural sequence into streams and join it again.
 
     Rows of a batch differ in their number of full and light tokens, so both streams are padded;
-    a padded entry repeats the row's first entry (or row 0) and is False in ``*_valid``.
+    a padded entry repeats the row's first entry (or row 0) and is False in ``*_valid``. Crops of
+    another side (video frames beside pictures) come in a group of their own.
 
     Attributes:
-        side: crop side s in patches.
+        groups: the crops of each side, in the order in which full tokens and proxies lie.
         full_index: (B, F) natural row of each full token, crops in order, raster order within.
         full_valid: (B, F) False where an entry is padding; whole crops at a time.
         light_index: (B, L) natural row of each newline or text token, in order.
@@ -54,7 +73,7 @@ class SequenceLayout:
             alike, else None; joining by slices copies once instead of twice.
     """
 
-    side: int
+    groups: tuple[CropGroup, ...]
     full_index: Tensor
     full_valid: Tensor
     light_index: Tensor
@@ -117,15 +136,12 @@ def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def find_images(
-    image_mask: Tensor, num_crops: Sequence[int], tokens_per_crop: int
-) -> list[list[ImageSpan]]:
+def find_images(image_mask: Tensor, grids: Sequence[ImageGrid]) -> list[list[ImageSpan]]:
     """Assign images to the runs of image tokens, in row order and order of appearance.
 
     Args:
         image_mask: (B, S) True where the token is an image token.
-        num_crops: crops of each image of the batch.
-        tokens_per_crop: rows per crop, s*s + 1.
+        grids: the images of the batch.
 
     Returns:
         For each row of the batch, its images in order.
@@ -134,32 +150,33 @@ def find_images(
         ValueError: image tokens and images do not fit together.
     """
     spans: list[list[ImageSpan]] = []
+    counts = [grid.num_crops for grid in grids]
     image = 0
     for row, mask in enumerate(image_mask.cpu()):
         where = mask.nonzero().flatten().tolist()
         found: list[ImageSpan] = []
         taken = 0
         while taken < len(where):
-            if image >= len(num_crops):
+            if image >= len(grids):
                 raise ValueError(
                     f"row {row} of input_ids has {len(where) - taken} image tokens more than the "
-                    f"{len(num_crops)} images given ({list(num_crops)} crops) can fill"
+                    f"{len(grids)} images given ({counts} crops) can fill"
                 )
-            length = num_crops[image] * tokens_per_crop
+            length = grids[image].num_tokens
             last = taken + length - 1
             if last >= len(where) or where[last] - where[taken] != length - 1:
                 raise ValueError(
-                    f"row {row} of input_ids: image {image} with {num_crops[image]} crops needs "
+                    f"row {row} of input_ids: image {image} with {counts[image]} crops needs "
                     f"{length} consecutive image tokens from column {where[taken]} on, but the "
-                    f"row has {len(where)} image tokens in all; num_crops is {list(num_crops)}"
+                    f"row has {len(where)} image tokens in all; num_crops is {counts}"
                 )
-            found.append(ImageSpan(where[taken], num_crops[image]))
+            found.append(ImageSpan(where[taken], grids[image]))
             taken += length
             image += 1
         spans.append(found)
-    if image < len(num_crops):
+    if image < len(grids):
         raise ValueError(
-            f"{len(num_crops)} images were given, but input_ids has image tokens for {image} only"
+            f"{len(grids)} images were given, but input_ids has image tokens for {image} only"
         )
     return spans
 
@@ -167,8 +184,7 @@ def find_images(
 def build_layout(
     spans: Sequence[Sequence[ImageSpan]],
     real: Tensor,
-    side: int,
-    proxies_per_crop: int,
+    num_proxies: Callable[[int], int],
     *,
     released: bool = False,
 ) -> SequenceLayout:
@@ -177,8 +193,7 @@ def build_layout(
     Args:
         spans: the images of each row, as ``find_images`` gives them.
         real: (B, S) False where the row is padding.
-        side: crop side s in patches.
-        proxies_per_crop: (s/r)^2 spatial proxies, or any number of learned ones.
+        num_proxies: proxies of a crop of a given side, ``ProxyVConfig.num_proxies``.
         released: use the positions of the released weights: the newline of every crop but an
             image's first sits s*s+1 positions early.
 
@@ -188,24 +203,29 @@ def build_layout(
     Source: authors' prepare_image_information (position ids). Differs: "natural" is new; the
         authors know the released positions only.
     """
-    rows = [_lay_out_row(images, real_row, side, proxies_per_crop, released)
+    sides = sorted({span.grid.side for images in spans for span in images}, reverse=True)
+    rows = [_lay_out_row(images, real_row, sides, num_proxies, released)
             for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
-    full_index, full_valid = _pad([row.full for row in rows])
+    full_index, full_valid, full_lengths = _pad_groups([row.full for row in rows])
+    anchor, proxy_valid, _ = _pad_groups([row.proxy_anchor for row in rows])
+    offset, _, _ = _pad_groups([row.proxy_offset for row in rows])
     light_index, light_valid = _pad([row.light for row in rows])
-    anchor, proxy_valid = _pad([row.proxy_anchor for row in rows])
-    offset, _ = _pad([row.proxy_offset for row in rows])
     shift = torch.stack([row.shift for row in rows])
     length = real.shape[1]
 
     natural = torch.zeros(len(rows), length, dtype=torch.long)
+    numbers = torch.arange(full_index.shape[1]) + light_index.shape[1]
     for index, row in enumerate(rows):
         natural[index, row.light] = torch.arange(len(row.light))
-        natural[index, row.full] = torch.arange(len(row.full)) + light_index.shape[1]
+        natural[index, full_index[index, full_valid[index]]] = numbers[full_valid[index]]
     alike = bool(full_valid.all() and light_valid.all() and (natural == natural[:1]).all())
     covered = light_index.shape[1] + full_index.shape[1] == length
     segments = _segments(natural[0], light_index.shape[1]) if alike and covered else None
     return SequenceLayout(
-        side=side,
+        groups=tuple(
+            CropGroup(side, rows_of_side // side**2, num_proxies(side))
+            for side, rows_of_side in zip(sides, full_lengths, strict=True)
+        ),
         full_index=full_index,
         full_valid=full_valid,
         light_index=light_index,
@@ -222,39 +242,43 @@ def build_layout(
 
 @dataclass(frozen=True)
 class _Row:
-    """Indices of one row of the batch before padding."""
+    """Indices of one row of the batch before padding; lists have one entry for each side."""
 
-    full: Tensor
+    full: list[Tensor]
     light: Tensor
-    proxy_anchor: Tensor
-    proxy_offset: Tensor
+    proxy_anchor: list[Tensor]
+    proxy_offset: list[Tensor]
     shift: Tensor
 
 
 def _lay_out_row(
-    images: Sequence[ImageSpan], real: Tensor, side: int, proxies_per_crop: int, released: bool
+    images: Sequence[ImageSpan],
+    real: Tensor,
+    sides: Sequence[int],
+    num_proxies: Callable[[int], int],
+    released: bool,
 ) -> _Row:
     """Indices of one row; ``real`` is (S,)."""
-    per_crop = side * side + 1
-    is_full = torch.zeros_like(real, dtype=torch.bool)
+    is_light = real.bool().clone()
     shift = torch.zeros(real.shape[0], dtype=torch.long)
-    full, anchors, offsets = [], [], []
-    for image in images:
-        crops = image.start + per_crop * torch.arange(image.num_crops)  # (C,)
-        full.append((crops[:, None] + torch.arange(side * side)).flatten())
-        if released:
-            shift[crops[1:] + side * side] = -per_crop
-        num_proxies = image.num_crops * proxies_per_crop
-        anchors.append(torch.full((num_proxies,), image.start, dtype=torch.long))
-        offsets.append(torch.arange(num_proxies))
     none = torch.zeros(0, dtype=torch.long)
-    full_index = torch.cat([none, *full])
-    is_full[full_index] = True
+    full, anchors, offsets = ({side: [none] for side in sides} for _ in range(3))
+    for image in images:
+        side, per_crop = image.grid.side, image.grid.side**2 + 1
+        crops = image.start + per_crop * torch.arange(image.grid.num_crops)  # (C,)
+        rows = (crops[:, None] + torch.arange(per_crop - 1)).flatten()
+        is_light[rows] = False
+        full[side].append(rows)
+        if released:
+            shift[crops[1:] + per_crop - 1] = -per_crop
+        ranks = torch.arange(image.grid.num_crops * num_proxies(side))
+        anchors[side].append(torch.full_like(ranks, image.start))
+        offsets[side].append(ranks)
     return _Row(
-        full=full_index,
-        light=(real.bool() & ~is_full).nonzero().flatten(),
-        proxy_anchor=torch.cat([none, *anchors]),
-        proxy_offset=torch.cat([none, *offsets]),
+        full=[torch.cat(full[side]) for side in sides],
+        light=is_light.nonzero().flatten(),
+        proxy_anchor=[torch.cat(anchors[side]) for side in sides],
+        proxy_offset=[torch.cat(offsets[side]) for side in sides],
         shift=shift,
     )
 
@@ -269,6 +293,15 @@ def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             target[:] = row[0]
             target[: len(row)] = row
     return index, valid
+
+
+def _pad_groups(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, list[int]]:
+    """``_pad`` for each group of crops, one group behind the other; also the groups' lengths."""
+    none = torch.zeros(len(rows), 0, dtype=torch.long)
+    parts = [_pad(group) for group in zip(*rows, strict=True)]
+    index = torch.cat([none, *(index for index, _ in parts)], dim=1)
+    valid = torch.cat([none.bool(), *(valid for _, valid in parts)], dim=1)
+    return index, valid, [index.shape[1] for index, _ in parts]
 
 
 def _segments(natural: Tensor, num_light: int) -> tuple[tuple[bool, int, int], ...]:

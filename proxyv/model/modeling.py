@@ -1,7 +1,8 @@
 """The whole model: vision tower, projector, newline token, language model with ProxyV layers.
 
 A subclass of transformers' LLaVA-NeXT; what differs is how images are packed (crops one after
-another, one newline after each, nothing unpadded) and which language model is built.
+another, one newline after each, nothing unpadded, unless ``packing`` asks for the stock way) and
+which language model is built.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from transformers.utils import can_return_tuple
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.backbones import adopt, materialise
-from proxyv.model.crops import real_crops
+from proxyv.model.crops import image_grids
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.generation import ImageGenerationMixin
-from proxyv.model.layout import build_layout, find_images
+from proxyv.model.layout import SequenceLayout, build_layout, find_images
+from proxyv.model.vision import ImageFeaturesMixin
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
 
@@ -70,7 +72,7 @@ def parameter_part(name: str) -> str:
     raise ValueError(f"parameter {name!r} belongs to no part of a ProxyV model")
 
 
-class ProxyVModel(LlavaNextModel):
+class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
     """Vision tower, projector and language model, without the language-model head.
 
     Args:
@@ -116,74 +118,6 @@ class ProxyVModel(LlavaNextModel):
         else:
             super()._init_weights(module)
 
-    def encode_crops(
-        self,
-        crops: Tensor,
-        vision_feature_layer: int | Sequence[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-    ) -> Tensor:
-        """Run crops through the vision tower and the projector.
-
-        Args:
-            crops: (N, 3, height, width) pixels.
-            vision_feature_layer: hidden layer(s) of the tower; default from the configuration.
-            vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
-
-        Returns:
-            (N, s*s, D).
-
-        Raises:
-            ValueError: the tower gives another number of tokens than s*s.
-        """
-        layer = vision_feature_layer
-        if layer is None:
-            layer = self.config.vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        states = self.vision_tower(crops, output_hidden_states=True).hidden_states
-        layers = [layer] if isinstance(layer, int) else list(layer)
-        features = torch.cat([states[index] for index in layers], dim=-1)
-        if strategy == "default":
-            features = features[:, 1:]
-        if features.shape[1] != self.config.side**2:
-            raise ValueError(
-                f"the vision tower gives {features.shape[1]} tokens a crop, expected "
-                f"{self.config.side}**2; vision_feature_select_strategy is {strategy!r}"
-            )
-        return self.multi_modal_projector(features)
-
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor | None = None,
-        num_crops: Tensor | None = None,
-        vision_feature_layer: int | Sequence[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Features of whole images, packed as they enter the sequence.
-
-        Args:
-            pixel_values: (images, C_max, 3, height, width), or 4-D with one crop an image.
-            image_sizes: (images, 2); not needed.
-            num_crops: (images,) crops of each image; the rest of C_max is padding. Default: all.
-            vision_feature_layer: see ``encode_crops``.
-            vision_feature_select_strategy: see ``encode_crops``.
-            **kwargs: not used.
-
-        Returns:
-            ``pooler_output`` is a list with (C*(s*s+1), D) for each image.
-        """
-        crops, counts = real_crops(pixel_values, num_crops)
-        features = self.encode_crops(
-            crops.to(self.vision_tower.dtype), vision_feature_layer, vision_feature_select_strategy
-        )  # (crops, s*s, D)
-        newline = self.image_newline.to(features).expand(features.shape[0], 1, -1)
-        packed = torch.cat([features, newline], dim=1).flatten(0, 1)
-        per_crop = self.config.tokens_per_crop
-        output = BaseModelOutputWithPooling()
-        output["pooler_output"] = list(packed.split([count * per_crop for count in counts]))
-        return output
-
     @can_return_tuple
     def forward(  # type: ignore[override]
         self,
@@ -195,6 +129,7 @@ class ProxyVModel(LlavaNextModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         num_crops: Tensor | None = None,
+        pool_sizes: Tensor | None = None,
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         use_cache: bool | None = None,
@@ -210,27 +145,28 @@ class ProxyVModel(LlavaNextModel):
             # The image token need not have a row in the embedding: its rows are replaced.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
         assert inputs_embeds is not None
-        layout, image_features = None, None
+        layout: SequenceLayout | None = None
+        image_features: Tensor | None = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            features = self.get_image_features(
+            images: Any = self.get_image_features(
                 pixel_values,
                 image_sizes,
                 num_crops,
+                pool_sizes,
                 vision_feature_layer,
                 vision_feature_select_strategy,
-            )
-            images: Any = features.pooler_output
-            counts = [len(image) // self.config.tokens_per_crop for image in images]
+            ).pooler_output
+            grids = image_grids(self.config, pixel_values, num_crops, image_sizes, pool_sizes)
+            spans = find_images(image_mask, grids)
             image_features = torch.cat(images).to(inputs_embeds)
-            spans = find_images(image_mask, counts, self.config.tokens_per_crop)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
-            layout = build_layout(
-                spans,
-                _real_rows(attention_mask, image_mask),
-                self.config.side,
-                self.config.proxies_per_crop,
-                released=self.config.layout == "released",
-            )
+            if self.config.packing == "crops":
+                layout = build_layout(
+                    spans,
+                    _real_rows(attention_mask, image_mask),
+                    self.config.num_proxies,
+                    released=self.config.layout == "released",
+                )
         else:
             self._refuse_missing_images(image_mask)
             inputs_embeds = self._touch_unused(inputs_embeds)
@@ -423,6 +359,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         num_crops: Tensor | None = None,
+        pool_sizes: Tensor | None = None,
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         labels: Tensor | None = None,
@@ -437,12 +374,14 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             pixel_values: (images, C_max, 3, height, width), images in row order and order of
                 appearance, padded with any crops; or (images, 3, height, width) with one crop
                 each. Leave out for text only.
-            image_sizes: (images, 2) height and width; accepted, not needed.
+            image_sizes: (images, 2) height and width; needed by packing "llava_next" only.
             attention_mask: (B, past + S), 0 where a token is padding, on either side.
             position_ids: (B, S); default: counted over real tokens.
             past_key_values: cache of earlier tokens.
             inputs_embeds: (B, S, D) in place of ``input_ids``.
             num_crops: (images,) crops of each image; default C_max.
+            pool_sizes: (images,) patches a side that one token stands for, 2 for video frames;
+                default 1. It shortens the image to C*((s/pool)^2+1) tokens.
             vision_feature_layer: layer(s) of the tower, default from the configuration.
             vision_feature_select_strategy: "default" or "full", default from the configuration.
             labels: (B, S) targets, -100 where none.
@@ -468,6 +407,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             num_crops=num_crops,
+            pool_sizes=pool_sizes,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             use_cache=use_cache,

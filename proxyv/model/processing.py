@@ -1,26 +1,36 @@
-"""Images and text to model inputs, and the one place that counts crops and image tokens.
+"""Images, video frames and text to model inputs.
 
 ``pad`` makes one crop: the image on a square of the mean colour. ``anyres`` makes several: the
 whole image squashed to one crop, then the tiles of the best of several resolutions. Pixels equal
-those of the authors' ``process_images``, because resizing stays in PIL.
+those of the authors' ``process_images``, because resizing stays in PIL. A video is an image whose
+crops are its frames, each made as by ``pad``, and pooled in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, LlavaNextProcessor
-from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import SizeDict, load_image
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 from transformers.processing_utils import MultiModalData
+
+from proxyv.config import PACKINGS
+from proxyv.model.crops import (
+    ASPECT_RATIOS,
+    CropLayout,
+    crop_layout,
+    num_image_tokens,
+    num_unpadded_tokens,
+    pooled_side,
+)
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -31,69 +41,8 @@ __all__ = [
     "to_rgb",
 ]
 
-ASPECT_RATIOS = ("pad", "anyres")
-
-
-@dataclass(frozen=True)
-class CropLayout:
-    """How one image is cut.
-
-    Attributes:
-        num_crops: crops in all, the thumbnail included.
-        grid_hw: tiles down and across, without the thumbnail; (0, 0) for "pad".
-        canvas_hw: pixels of the canvas that the tiles cover; one crop for "pad".
-    """
-
-    num_crops: int
-    grid_hw: tuple[int, int]
-    canvas_hw: tuple[int, int]
-
-
-def crop_layout(
-    size_hw: tuple[int, int],
-    aspect_ratio: str,
-    pinpoints_hw: Sequence[Sequence[int]],
-    crop_px: int,
-) -> CropLayout:
-    """Say how an image of a given size is cut; the same for processor, model and FLOPs counts.
-
-    Args:
-        size_hw: height and width of the image in pixels.
-        aspect_ratio: "pad" or "anyres".
-        pinpoints_hw: resolutions that "anyres" chooses from, (height, width) each; the first
-            wins a tie.
-        crop_px: side of a crop in pixels.
-
-    Returns:
-        The cut.
-
-    Raises:
-        ValueError: an unknown ``aspect_ratio``, an empty image, no pinpoints, or a pinpoint that
-            crops do not tile.
-
-    Source: authors' select_best_resolution and process_anyres_image. Differs: height first.
-    """
-    _check_aspect_ratio(aspect_ratio)
-    height, width = int(size_hw[0]), int(size_hw[1])
-    if height < 1 or width < 1:
-        raise ValueError(f"image of height {height} and width {width}: both must be at least 1")
-    if aspect_ratio == "pad":
-        return CropLayout(1, (0, 0), (crop_px, crop_px))
-    if not pinpoints_hw:
-        raise ValueError("image_grid_pinpoints is empty: give at least one (height, width)")
-    best_h, best_w = select_best_resolution((height, width), [tuple(p) for p in pinpoints_hw])
-    if best_h % crop_px or best_w % crop_px:
-        raise ValueError(
-            f"image_grid_pinpoints holds ({best_h}, {best_w}), which crops of {crop_px} pixels do "
-            f"not tile: use multiples of {crop_px}"
-        )
-    grid = (best_h // crop_px, best_w // crop_px)
-    return CropLayout(grid[0] * grid[1] + 1, grid, (best_h, best_w))
-
-
-def num_image_tokens(num_crops: int, side: int) -> int:
-    """Tokens that an image takes in the sequence: s*s full tokens and a newline for each crop."""
-    return num_crops * (side * side + 1)
+VIDEO_MARK = "<video>"
+"""What stands for a video in a text; unlike the image token it never reaches the tokenizer."""
 
 
 def to_rgb(image: Any) -> Image.Image:
@@ -125,7 +74,8 @@ def to_rgb(image: Any) -> Image.Image:
 class ProxyVProcessor(LlavaNextProcessor):
     """Tokenizer and image processor of a ProxyV model.
 
-    Every ``<image>`` in the text becomes C*(s*s+1) image tokens, C from the image's size.
+    Every ``<image>`` in the text becomes C*(s*s+1) image tokens, C from the image's size; every
+    ``<video>``, where videos are given, F*((s/p)^2+1) of the same tokens for F frames.
 
     Args:
         image_processor: a LLaVA-NeXT image processor; its crop size is the vision tower's image
@@ -138,11 +88,13 @@ class ProxyVProcessor(LlavaNextProcessor):
         image_token: text that stands for an image.
         num_additional_image_tokens: tokens of the tower that are no patches (the class token).
         image_aspect_ratio: "pad" or "anyres"; a call may override it.
+        packing: how an image becomes tokens, as in the model's configuration.
+        video_pool: patches p a side of a video frame that the model averages to one token.
         **kwargs: passed on.
 
     Raises:
-        ValueError: an unknown aspect ratio, another image processor, a tokenizer without the
-            image token, or crops that patches do not tile.
+        ValueError: an unknown aspect ratio or packing, another image processor, a tokenizer
+            without the image token, or crops that patches do not tile.
     """
 
     def __init__(
@@ -155,9 +107,12 @@ class ProxyVProcessor(LlavaNextProcessor):
         image_token: str = "<image>",
         num_additional_image_tokens: int = 1,
         image_aspect_ratio: str = "anyres",
+        packing: str = "crops",
+        video_pool: int = 2,
         **kwargs: Any,
     ) -> None:
-        _check_aspect_ratio(image_aspect_ratio)
+        _one_of("image_aspect_ratio", image_aspect_ratio, ASPECT_RATIOS)
+        _one_of("packing", packing, PACKINGS)
         if not isinstance(image_processor, LlavaNextImageProcessorPil):
             if not type(image_processor).__name__.startswith("LlavaNextImageProcessor"):
                 raise ValueError(
@@ -166,6 +121,10 @@ class ProxyVProcessor(LlavaNextProcessor):
                 )
             image_processor = LlavaNextImageProcessorPil.from_dict(image_processor.to_dict())
         self.image_aspect_ratio = image_aspect_ratio
+        self.packing = packing
+        self.video_pool = video_pool
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(
             image_processor,
             tokenizer,
@@ -201,7 +160,8 @@ class ProxyVProcessor(LlavaNextProcessor):
     @property
     def model_input_names(self) -> list[str]:
         """Names of everything a call can return."""
-        return [*self.tokenizer.model_input_names, "pixel_values", "num_crops", "image_sizes"]
+        images = ["pixel_values", "num_crops", "image_sizes", "pool_sizes"]
+        return [*self.tokenizer.model_input_names, *images]
 
     def crop_layout(
         self, size_hw: tuple[int, int], image_aspect_ratio: str | None = None
@@ -218,7 +178,24 @@ class ProxyVProcessor(LlavaNextProcessor):
         self, size_hw: tuple[int, int], image_aspect_ratio: str | None = None
     ) -> int:
         """Image tokens that an image of ``size_hw`` takes in the sequence."""
-        return num_image_tokens(self.crop_layout(size_hw, image_aspect_ratio).num_crops, self.side)
+        return self._num_tokens(size_hw, self.crop_layout(size_hw, image_aspect_ratio))
+
+    def token_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Image tokens of each image, from what ``image_inputs`` gave."""
+        pools = inputs.get("pool_sizes")
+        counts = []
+        for image, (height, width) in enumerate(inputs["image_sizes"].tolist()):
+            num_crops, pool = int(inputs["num_crops"][image]), 1 if pools is None else pools[image]
+            if self.packing == "llava_next" and num_crops > 1:
+                counts.append(self.num_image_tokens((height, width), "anyres"))
+            else:
+                counts.append(num_image_tokens(num_crops, pooled_side(self.side, int(pool))))
+        return counts
+
+    def _num_tokens(self, size_hw: tuple[int, int], cut: CropLayout) -> int:
+        if self.packing == "llava_next":
+            return num_unpadded_tokens(size_hw, cut.grid_hw, self.side)
+        return num_image_tokens(cut.num_crops, self.side)
 
     def image_inputs(self, images: Any, image_aspect_ratio: str | None = None) -> dict[str, Any]:
         """Turn images into model inputs.
@@ -231,22 +208,60 @@ class ProxyVProcessor(LlavaNextProcessor):
             ``pixel_values`` (images, C_max, 3, height, width) float32, padded with zero crops;
             ``num_crops`` (images,); ``image_sizes`` (images, 2) height and width before cutting.
         """
-        ratio = image_aspect_ratio or self.image_aspect_ratio
-        _check_aspect_ratio(ratio)
         opened = [to_rgb(image) for image in _flatten(images)]
         if not opened:
             raise ValueError("images is an empty list: give at least one image, or None")
+        return _stack([self._cut(image, image_aspect_ratio) for image in opened])
+
+    def media_inputs(
+        self,
+        texts: Sequence[str],
+        images: Any,
+        videos: Any,
+        image_aspect_ratio: str | None = None,
+    ) -> dict[str, Any]:
+        """As ``image_inputs``, for images and videos in the order in which the texts name them.
+
+        Args:
+            texts: with one ``<image>`` for every image and one ``<video>`` for every video.
+            images: images in order of appearance, or None.
+            videos: a list of videos in order of appearance, nested or not; each is a list of
+                frames or an array (frames, height, width, 3).
+            image_aspect_ratio: of the images.
+
+        Returns:
+            As ``image_inputs``, and ``pool_sizes`` (images,).
+        """
+        pictures, clips = [] if images is None else _flatten(images), _flatten_videos(videos)
+        marks = [mark for text in texts for mark in self._marks().findall(text)]
+        kinds = {self.image_token: (pictures, "images"), VIDEO_MARK: (clips, "videos")}
+        for mark, (given, what) in kinds.items():
+            if marks.count(mark) != len(given):
+                raise ValueError(
+                    f"the text has {marks.count(mark)} {mark}, but {len(given)} {what} were given"
+                )
+        supply = {mark: iter(given) for mark, (given, _) in kinds.items()}
+        cuts, pools = [], []
+        for mark in marks:
+            medium: Any = next(supply[mark])
+            if mark == VIDEO_MARK:
+                frames = [self._cut(to_rgb(frame), "pad") for frame in medium]
+                cuts.append((np.concatenate([crop for crop, _ in frames]), frames[0][1]))
+            else:
+                cuts.append(self._cut(to_rgb(medium), image_aspect_ratio))
+            pools.append(self.video_pool if mark == VIDEO_MARK else 1)
+        return {**_stack(cuts), "pool_sizes": torch.tensor(pools)}
+
+    def _cut(self, image: Image.Image, ratio: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """Crops (C, 3, height, width) of an image, and its height and width."""
+        ratio = ratio or self.image_aspect_ratio
+        _one_of("image_aspect_ratio", ratio, ASPECT_RATIOS)
         cut = self._pad_crop if ratio == "pad" else self._anyres_crops
-        crops = [torch.from_numpy(cut(image)) for image in opened]
-        most = max(len(image_crops) for image_crops in crops)
-        pixel_values = torch.zeros(len(crops), most, *crops[0].shape[1:])
-        for target, image_crops in zip(pixel_values, crops, strict=True):
-            target[: len(image_crops)] = image_crops
-        return {
-            "pixel_values": pixel_values,
-            "num_crops": torch.tensor([len(image_crops) for image_crops in crops]),
-            "image_sizes": torch.tensor([(image.height, image.width) for image in opened]),
-        }
+        return cut(image), (image.height, image.width)
+
+    def _marks(self) -> re.Pattern[str]:
+        """Matches what stands for an image or a video."""
+        return re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_MARK)}")
 
     def _pad_crop(self, image: Image.Image) -> np.ndarray:
         """(1, 3, height, width): the image on a square of the mean colour, as one crop.
@@ -278,6 +293,7 @@ class ProxyVProcessor(LlavaNextProcessor):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         image_aspect_ratio: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -285,32 +301,40 @@ class ProxyVProcessor(LlavaNextProcessor):
 
         Args:
             images: images in order of appearance, over all texts; nested lists are flattened.
-            text: a text or a list of texts, each with one ``<image>`` per image.
+            text: a text or a list of texts, each with one ``<image>`` per image, and one
+                ``<video>`` per video where videos are given.
+            videos: as ``media_inputs`` takes them, over all texts.
             image_aspect_ratio: "pad" or "anyres"; default: the processor's.
             **kwargs: for the tokenizer (``return_tensors``, ``padding``, ...).
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, with images, what ``image_inputs`` gives.
+            ``input_ids``, ``attention_mask`` and, with images, what ``image_inputs`` gives; with
+            videos, what ``media_inputs`` gives.
 
         Raises:
             ValueError: as many ``<image>`` as images is not what was given, or truncation would
                 cut an image.
         """
-        for name in ("videos", "audio"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name} were given, but this model reads images and text only")
+        if kwargs.pop("audio", None) is not None:
+            raise ValueError("audio was given, but this model reads images, videos and text only")
         options = {**kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {}), **kwargs}
-        for name in ("images_kwargs", "videos_kwargs", "audio_kwargs"):
+        image_options = options.pop("images_kwargs", {})
+        ratio = image_aspect_ratio or image_options.get("image_aspect_ratio")
+        for name in ("videos_kwargs", "audio_kwargs"):
             options.pop(name, None)
         return_tensors = options.pop("return_tensors", None)
-        pixels = None if images is None else self.image_inputs(images, image_aspect_ratio)
+        texts = [] if text is None else [text] if isinstance(text, str) else list(text)
+        pixels: dict[str, Any] = {}
+        if videos is not None:
+            pixels = self.media_inputs(texts, images, videos, ratio)
+        elif images is not None:
+            pixels = self.image_inputs(images, ratio)
         if text is None:
-            if pixels is None:
+            if not pixels:
                 raise ValueError("give text, images or both")
             return BatchFeature(pixels)
-        texts = [text] if isinstance(text, str) else list(text)
-        counts = [] if pixels is None else pixels["num_crops"].tolist()
-        expanded, expected = self._expand(texts, counts)
+        counts = self.token_counts(pixels) if pixels else []
+        expanded, expected = self._expand(texts, counts, self._marks() if videos else None)
         encoded = self.tokenizer(expanded, return_tensors=return_tensors, **options)
         for row, (ids, tokens) in enumerate(zip(encoded["input_ids"], expected, strict=True)):
             found = int((torch.as_tensor(ids) == self.image_token_id).sum())
@@ -319,30 +343,23 @@ class ProxyVProcessor(LlavaNextProcessor):
                     f"text {row} has {found} image tokens after tokenizing, expected {tokens}: "
                     "truncation must not cut an image, so raise max_length or shorten the text"
                 )
-        if pixels is not None and return_tensors != "pt":
+        if return_tensors != "pt":
             pixels = {name: values.numpy() for name, values in pixels.items()}
-        return BatchFeature({**encoded, **(pixels or {})})
+        return BatchFeature({**encoded, **pixels})
 
     def _expand(
-        self, texts: Sequence[str], num_crops: Sequence[int]
+        self, texts: Sequence[str], counts: Sequence[int], marks: re.Pattern[str] | None
     ) -> tuple[list[str], list[int]]:
-        """Repeat every image token as often as its image needs; also how many that makes."""
-        given = sum(text.count(self.image_token) for text in texts)
-        if given != len(num_crops):
+        """Put image tokens where the texts have marks; also how many that makes in each text."""
+        marks = marks or re.compile(re.escape(self.image_token))
+        given = sum(len(marks.findall(text)) for text in texts)
+        if given != len(counts):
             raise ValueError(
-                f"the text has {given} {self.image_token}, but {len(num_crops)} images were given"
+                f"the text has {given} {self.image_token}, but {len(counts)} images were given"
             )
-        remaining = iter(num_crops)
-        expanded, expected = [], []
-        for text in texts:
-            parts = text.split(self.image_token)
-            counts = [num_image_tokens(next(remaining), self.side) for _ in parts[1:]]
-            pieces = [
-                self.image_token * n + part for n, part in zip(counts, parts[1:], strict=True)
-            ]
-            expanded.append(parts[0] + "".join(pieces))
-            expected.append(sum(counts))
-        return expanded, expected
+        supply: Iterator[int] = iter(counts)
+        expanded = [marks.sub(lambda _: self.image_token * next(supply), text) for text in texts]
+        return expanded, [text.count(self.image_token) for text in expanded]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
@@ -355,15 +372,25 @@ class ProxyVProcessor(LlavaNextProcessor):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image, from what ``image_inputs`` gave."""
-        count = int(image_inputs["num_crops"][image_idx])
-        return self.image_token * num_image_tokens(count, self.side)
+        return self.image_token * self.token_counts(image_inputs)[image_idx]
 
 
-def _check_aspect_ratio(value: str) -> None:
-    if value not in ASPECT_RATIOS:
-        raise ValueError(
-            f"image_aspect_ratio={value!r} is not known: use one of {', '.join(ASPECT_RATIOS)}"
-        )
+def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
+
+
+def _stack(cuts: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> dict[str, Any]:
+    """Stack the crops of several images, padded with zero crops."""
+    most = max(len(crops) for crops, _ in cuts)
+    pixel_values = torch.zeros(len(cuts), most, *cuts[0][0].shape[1:])
+    for target, (crops, _) in zip(pixel_values, cuts, strict=True):
+        target[: len(crops)] = torch.from_numpy(crops)
+    return {
+        "pixel_values": pixel_values,
+        "num_crops": torch.tensor([len(crops) for crops, _ in cuts]),
+        "image_sizes": torch.tensor([size for _, size in cuts]),
+    }
 
 
 def _flatten(images: Any) -> list[Any]:
@@ -371,3 +398,22 @@ def _flatten(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return [images]
     return [image for entry in images for image in _flatten(entry)]
+
+
+def _flatten_videos(videos: Any) -> list[Sequence[Any]]:
+    """A flat list of videos from nested lists of them.
+
+    Raises:
+        ValueError: something that is no video.
+    """
+    if getattr(videos, "ndim", 0) == 4:
+        return [videos]
+    if not isinstance(videos, list | tuple):
+        raise ValueError(
+            f"a video is a {type(videos).__name__}: give a list of frames, or an array (frames, "
+            "height, width, 3)"
+        )
+    is_frame = [not isinstance(e, list | tuple) and getattr(e, "ndim", 0) < 4 for e in videos]
+    if videos and all(is_frame):
+        return [videos]
+    return [video for entry in videos for video in _flatten_videos(entry)]

@@ -8,6 +8,7 @@ crop by attention; what they know goes back by the same scores, a softmax the ot
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,24 @@ from transformers import initialization as init
 
 from proxyv.model.linear import FreshLinear
 
-__all__ = ["ProxyInitializer", "add_by_splat", "add_to_blocks", "make_spatial_proxies"]
+__all__ = [
+    "ProxyInitializer",
+    "add_by_splat",
+    "add_to_blocks",
+    "join_groups",
+    "make_spatial_proxies",
+    "split_groups",
+]
+
+
+def split_groups(rows: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Cut (B, N, D) into the parts of groups of crops; a single group is not cut."""
+    return [rows] if len(lengths) == 1 else rows.split(list(lengths), dim=1)
+
+
+def join_groups(parts: Sequence[Tensor]) -> Tensor:
+    """Undo ``split_groups``; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def make_spatial_proxies(full: Tensor, side: int, reduce: int, mode: str) -> Tensor:
