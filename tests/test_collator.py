@@ -168,7 +168,7 @@ def test_dataset_renders_image_and_text_rows(tmp_path):
 def test_rows_are_cut_on_the_right_but_never_inside_an_image():
     long = dataset(rows(1, answer="y" * 100, image=False), max_length=20)
     assert len(long[0]["input_ids"]) == 20
-    assert long.rendered(0).cut
+    assert long.rendered(0).hidden == 101 - sum(long[0]["labels"] != IGNORE_INDEX)
     pipeline = ImagePipeline(PIPELINE.inputs, PIPELINE.count_crops, tokens_per_crop=30)
     renderer = Renderer(build_tokenizer(), "tiny")
     row = rows(1)[0]
@@ -192,7 +192,7 @@ def test_rows_without_supervision_stop_the_run():
         ImageFolder(None),
     )
     report = check_rows(dataset([*kept, lost]), 100, 0.01)
-    assert (report.unsupervised, report.cut, report.checked) == (1, 1, 100)
+    assert (report.unsupervised, report.cut, report.hidden, report.checked) == (1, 1, 2, 100)
     with pytest.raises(DataError, match=r"2 of 100 rows .*2\.0%.* the first is .*id 'lost'"):
         check_rows(dataset([lost, lost, *kept[:98]]), 100, 0.01)
     assert check_rows(dataset(kept), 10, 0.0).checked == 10

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -16,10 +17,30 @@ from proxyv.data.images import DataError
 from proxyv.data.sources import Row, Source
 from proxyv.data.templates import Rendered, Renderer
 
-__all__ = ["FAILURE_POLICIES", "ConversationDataset", "DataReport", "ImagePipeline", "check_rows"]
+__all__ = [
+    "FACTS",
+    "FAILURE_POLICIES",
+    "ConversationDataset",
+    "DataReport",
+    "ImagePipeline",
+    "check_rows",
+    "report_rows",
+]
 
 FAILURE_POLICIES = ("raise", "skip")
 """What a row that cannot be used may do; see :class:`ConversationDataset`."""
+
+FACTS = np.dtype(
+    [
+        ("tokens", np.int32),
+        ("supervised", np.int32),
+        ("hidden", np.int32),
+        ("images", np.int16),
+        ("failed", np.bool_),
+    ]
+)
+"""What is known of a row without its pixels: tokens (images included), supervised tokens, tokens of
+answers that the length limit cut off, images, and whether the row cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,16 @@ class ConversationDataset(Dataset[Sample]):
         crops = [self.images.count_crops(reference.size_hw()) for reference in row.images]
         return self._render(row, crops)
 
+    def measure(self, index: int) -> tuple[int, int, int, int, bool]:
+        """The row's entry in a table of :data:`FACTS`; never raises for a row that fails."""
+        try:
+            row = self.source[index]
+            crops = [self.images.count_crops(reference.size_hw()) for reference in row.images]
+            done = self._render(row, crops)
+        except DataError:
+            return 0, 0, 0, 0, True
+        return len(done.input_ids), done.num_supervised, done.hidden, len(crops), False
+
     def _render(self, row: Row, num_crops: list[int]) -> Rendered:
         lengths = [crops * self.images.tokens_per_crop for crops in num_crops]
         try:
@@ -123,9 +154,7 @@ class ConversationDataset(Dataset[Sample]):
                 f"do not fit data.max_length={self.max_length} (cutting would lose part of an "
                 "image); raise it or use fewer crops"
             )
-        return Rendered(
-            rendered.input_ids[: self.max_length], rendered.labels[: self.max_length], cut=True
-        )
+        return rendered.cut(self.max_length)
 
     @staticmethod
     def _text(row: Row, rendered: Rendered) -> Sample:
@@ -143,8 +172,10 @@ class DataReport:
     Attributes:
         rows: rows in the set.
         checked: rows looked at.
-        cut: of those, rows longer than the limit.
-        unsupervised: of those, rows with nothing to supervise, by what the labels say.
+        failed: of those, rows that cannot be used.
+        cut: of those, rows longer than the limit whose answers lost tokens.
+        hidden: supervised tokens that those rows lost.
+        unsupervised: of those, rows with nothing left to supervise.
         tokens: mean tokens of a row.
         supervised_share: supervised tokens among all.
         first_unsupervised: where the first such row is, or None.
@@ -152,7 +183,9 @@ class DataReport:
 
     rows: int
     checked: int
+    failed: int
     cut: int
+    hidden: int
     unsupervised: int
     tokens: float
     supervised_share: float
@@ -163,8 +196,9 @@ class DataReport:
         return [
             f"rows {self.rows:,}, checked {self.checked:,}: {self.tokens:.0f} tokens a row, "
             f"{self.supervised_share:.1%} of them supervised",
-            f"rows cut at the length limit: {self.cut:,}; rows with nothing to supervise: "
-            f"{self.unsupervised:,}",
+            f"rows cut at the length limit: {self.cut:,} ({self.hidden:,} tokens of answers lost); "
+            f"rows with nothing to supervise: {self.unsupervised:,}; rows that cannot be used: "
+            f"{self.failed:,}",
         ]
 
 
@@ -177,34 +211,55 @@ def check_rows(dataset: ConversationDataset, number: int, max_unsupervised: floa
         max_unsupervised: largest share of rows allowed to have no supervised token.
 
     Raises:
-        DataError: a row cannot be used, or too many have nothing to supervise.
+        DataError: as :func:`report_rows`.
     """
     rows = len(dataset)
     checked = min(number, rows)
-    cut = unsupervised = tokens = supervised = 0
-    first: str | None = None
-    for step in range(checked):
-        index = step * rows // checked
-        rendered = dataset.rendered(index)
-        tokens += len(rendered.input_ids)
-        cut += rendered.cut
-        supervised += rendered.num_supervised
-        if not rendered.num_supervised:
-            unsupervised += 1
-            first = first or dataset.source[index].where
-    if checked and unsupervised > max_unsupervised * checked:
+    indices = [step * rows // checked for step in range(checked)]
+    facts = np.array([dataset.measure(index) for index in indices], dtype=FACTS)
+    return report_rows(dataset, facts, max_unsupervised, indices)
+
+
+def report_rows(
+    dataset: ConversationDataset,
+    facts: np.ndarray,
+    max_unsupervised: float,
+    indices: Sequence[int] | None = None,
+) -> DataReport:
+    """Sum up a table of rows, and refuse to go on where too many teach nothing.
+
+    Args:
+        dataset: the rows.
+        facts: (looked at,) of :data:`FACTS`, from ``measure`` or ``scan_rows``.
+        max_unsupervised: largest share of usable rows allowed to have no supervised token.
+        indices: row number of each entry; None where the table has every row.
+
+    Raises:
+        DataError: a row cannot be used and the dataset does not skip such rows, or too many have
+            nothing to supervise; the message names the first.
+    """
+    numbers = np.arange(len(facts)) if indices is None else np.asarray(indices)
+    if facts["failed"].any() and dataset.on_failure == "raise":
+        dataset.rendered(int(numbers[facts["failed"].argmax()]))  # raises, with the reason
+    used = facts[~facts["failed"]]
+    empty = ~facts["failed"] & (facts["supervised"] == 0)
+    unsupervised, tokens = int(empty.sum()), int(used["tokens"].sum())
+    first = dataset.source[int(numbers[empty.argmax()])].where if unsupervised else None
+    if unsupervised > max_unsupervised * len(used):
         raise DataError(
-            f"{unsupervised} of {checked} rows looked at have no supervised token "
-            f"({unsupervised / checked:.1%}, at most {max_unsupervised:.1%} allowed by "
+            f"{unsupervised} of {len(used)} rows looked at have no supervised token "
+            f"({unsupervised / len(used):.1%}, at most {max_unsupervised:.1%} allowed by "
             f"data.max_unsupervised_share); the first is {first}; their answers lie beyond "
             f"data.max_length={dataset.max_length}"
         )
     return DataReport(
-        rows=rows,
-        checked=checked,
-        cut=cut,
+        rows=len(dataset),
+        checked=len(facts),
+        failed=len(facts) - len(used),
+        cut=int((used["hidden"] > 0).sum()),
+        hidden=int(used["hidden"].sum()),
         unsupervised=unsupervised,
-        tokens=tokens / max(checked, 1),
-        supervised_share=supervised / max(tokens, 1),
+        tokens=tokens / max(len(used), 1),
+        supervised_share=int(used["supervised"].sum()) / max(tokens, 1),
         first_unsupervised=first,
     )

@@ -17,7 +17,14 @@ _ORIENTATION = 0x0112  # Exif: values from 5 on swap height and width
 
 
 class DataError(ValueError):
-    """A row that cannot be used; the message says where it is and what is wrong with it."""
+    """A row that cannot be used; the message says where it is and what is wrong with it.
+
+    PyTorch raises an error of a worker process anew with the worker's traceback as its text; of
+    that text only the message is kept.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,18 @@ empty answer supervises its end token; control tokens in text stay text.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from proxyv.cli import nearest
-from proxyv.data.template_table import TEMPLATES, Control, Message, Part, Template
+from proxyv.data.template_table import TEMPLATES, Bos, Control, Message, Part, Template
 
 __all__ = [
     "IGNORE_INDEX",
@@ -67,17 +70,22 @@ class Turn:
 class Rendered:
     """Token ids and labels of a conversation, two lists of the same length.
 
-    ``cut`` says whether the row was longer and has been cut to a length limit.
+    ``hidden`` counts the supervised tokens that were cut off at a length limit.
     """
 
     input_ids: list[int]
     labels: list[int]
-    cut: bool = False
+    hidden: int = 0
 
     @property
     def num_supervised(self) -> int:
         """How many positions carry a label."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    def cut(self, length: int) -> Rendered:
+        """The first ``length`` positions, with a count of what that hides of the answers."""
+        kept = Rendered(self.input_ids[:length], self.labels[:length])
+        return replace(kept, hidden=self.hidden + self.num_supervised - kept.num_supervised)
 
 
 def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
@@ -150,6 +158,10 @@ class _Pieces:
         """Add one control token."""
         self.items.append(("control", token, supervised))
 
+    def start(self) -> None:
+        """Turn the control tokens so far into a beginning: what follows still begins a text."""
+        self.items = [("start", *item[1:]) for item in self.items]
+
     def image(self, length: int) -> None:
         """Add the tokens of one image."""
         self.items.append(("image", length, False))
@@ -189,15 +201,30 @@ class Renderer:
                 "the language model"
             )
         self._control_ids = {token: vocabulary[token] for token in self.template.controls}
+        begins_with = tokenizer("").input_ids[:1]
+        self._bos = tokenizer.bos_token if begins_with == [tokenizer.bos_token_id] else None
+        if self._bos is not None:
+            self._control_ids.setdefault(self._bos, tokenizer.bos_token_id)
         self.image_token_id = (
             vocabulary.get(IMAGE_MARK) if image_token_id is None else image_token_id
         )
-        self._backend, self._dummy_space = _plain_text_backend(backend, self.template.controls)
+        self._backend, self._dummy_space, self._numbers = _plain_text_backend(
+            backend, {*self.template.controls, *tokenizer.all_special_tokens}
+        )
 
     @property
     def end_token_id(self) -> int:
         """Id of the token that ends an answer."""
-        return self._control_ids[self.template.end_token]
+        mark = self.template.end_mark
+        if mark in self._control_ids:
+            return self._control_ids[mark]
+        return self._text_ids(mark)[-1]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with whatever decides on ids and labels: template, vocabulary, image token."""
+        known = f"{self.template!r} {self.image_token_id} {self._bos} {self._backend.to_str()}"
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def render(
         self,
@@ -244,7 +271,13 @@ class Renderer:
             system, turns = turns[0].text, turns[1:]
             if not template.system:
                 raise ValueError(f"template {template.name!r} has no place for a system message")
+        if template.single and len(turns) > 2:
+            raise ValueError(
+                f"template {template.name!r} takes one question and one answer, got {len(turns)} "
+                "messages"
+            )
         self._add(pieces, template.start, "")
+        pieces.start()
         if system is not None:
             self._add(pieces, template.system, system)
         for number, turn in enumerate(turns):
@@ -254,45 +287,55 @@ class Renderer:
             if turn.role == "user":
                 self._add(pieces, template.user, _image_first(turn.text), lengths)
             else:
-                self._add_answer(pieces, turn.text, last=number == len(turns) - 1)
+                self._add_answer(pieces, turn.text)
         return pieces
 
-    def _add_answer(self, pieces: _Pieces, text: str, last: bool) -> None:
-        for part in self.template.answer:
+    def _add_answer(self, pieces: _Pieces, text: str) -> None:
+        parts = self.template.answer
+        for number, part in enumerate(parts):
             if isinstance(part, Control):
                 pieces.control(part, supervised=True)
             elif isinstance(part, Message):
-                pieces.text(text, supervised=True)
-            elif text:  # what leads to an answer is not written before an empty one
-                pieces.text(part, supervised=True)
-        if not last:
-            self._add(pieces, self.template.after_answer, "")
+                pieces.text(part.trim(text), supervised=True)
+            elif text or number:  # what leads to an answer is not written before an empty one
+                pieces.text(str(part), supervised=True)
+        self._add(pieces, self.template.after_answer, "")
 
-    @staticmethod
     def _add(
-        pieces: _Pieces, parts: Sequence[Part], text: str, lengths: list[int] | None = None
+        self,
+        pieces: _Pieces,
+        parts: Sequence[Part],
+        text: str,
+        lengths: list[int] | None = None,
     ) -> None:
         """Add unsupervised parts; with ``lengths``, each ``<image>`` in the text takes the next."""
         for part in parts:
-            if isinstance(part, Control):
+            if isinstance(part, Bos):
+                if self._bos is not None:
+                    pieces.control(self._bos, supervised=False)
+            elif isinstance(part, Control):
                 pieces.control(part, supervised=False)
             elif not isinstance(part, Message):
                 pieces.text(part, supervised=False)
             elif lengths is None:
-                pieces.text(text, supervised=False)
+                pieces.text(part.trim(text), supervised=False)
             else:
-                for number, chunk in enumerate(text.split(IMAGE_MARK)):
+                for number, chunk in enumerate(part.trim(text).split(IMAGE_MARK)):
                     if number:
                         pieces.image(lengths.pop(0))
-                    pieces.text(chunk, supervised=False)
+                    pieces.text("" if part.images_only else chunk, supervised=False)
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [self._numbers.get(token, token) for token in ids] if self._numbers else ids
 
     def _encode(self, pieces: _Pieces) -> Rendered:
         ids: list[int] = []
         labels: list[int] = []
-        fresh = True  # a sentencepiece tokenizer starts a text with a dummy space
+        fresh = True  # sentencepiece starts a text, but not what follows a token, with a space
         for kind, value, supervised in pieces.items:
-            if kind == "control":
-                new = [self._control_ids[str(value)]]
+            if kind in ("control", "start"):
+                new, fresh = [self._control_ids[str(value)]], fresh and kind == "start"
             elif kind == "image":
                 if self.image_token_id is None:
                     raise ValueError(
@@ -302,7 +345,7 @@ class Renderer:
                 new, fresh = [self.image_token_id] * int(value), True
             else:
                 text = "\u2581" + str(value) if fresh and self._dummy_space else str(value)
-                new, fresh = self._backend.encode(text, add_special_tokens=False).ids, False
+                new, fresh = self._text_ids(text), False
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
         return Rendered(ids, labels)
@@ -318,22 +361,28 @@ def _image_first(text: str) -> str:
     return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
 
 
-def _plain_text_backend(backend: Tokenizer, controls: Iterable[str]) -> tuple[Tokenizer, bool]:
-    """Copy a tokenizer into one that sees no control tokens and adds no dummy space.
+_CONTROL_FORM = re.compile(r"<[|/]?[^<>\s]+>")
+"""How control tokens look; some vocabularies do not call all of theirs special."""
+
+
+def _plain_text_backend(
+    backend: Tokenizer, controls: Iterable[str]
+) -> tuple[Tokenizer, bool, dict[int, int]]:
+    """Make a tokenizer that sees no control tokens and adds no dummy space.
 
     Returns:
-        The copy, and whether the original prefixes a text with a (sentencepiece) dummy space.
-        Removing that from the copy lets the renderer put it exactly where the reference has it:
-        at the start of a row and after an image, but not after a control token.
+        The tokenizer, which shares the vocabulary of the original, and whether the original
+        prefixes a text with a (sentencepiece) dummy space. The renderer then puts that space
+        exactly where the reference has it: at the start of a row and after an image, but not after
+        a control token. Last, the real id of each added token that is no control token, by the id
+        that it has here.
     """
-    state = json.loads(backend.to_str())
-    hidden = {IMAGE_MARK, *controls}
-    state["added_tokens"] = [
-        token
-        for token in state["added_tokens"]
-        if not token["special"] and token["content"] not in hidden
-    ]
-    state["post_processor"] = state["truncation"] = state["padding"] = None
+    light = Tokenizer(BPE())
+    if backend.normalizer is not None:
+        light.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        light.pre_tokenizer = backend.pre_tokenizer
+    state = json.loads(light.to_str())
     dummy_space = False
     for step in _steps(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace" and step["prepend_scheme"] != "never":
@@ -341,7 +390,16 @@ def _plain_text_backend(backend: Tokenizer, controls: Iterable[str]) -> tuple[To
     for step in _steps(state["normalizer"], "normalizers"):
         if step["type"] == "Prepend":
             step["prepend"], dummy_space = "", True
-    return Tokenizer.from_str(json.dumps(state)), dummy_space
+    plain = Tokenizer.from_str(json.dumps(state))
+    plain.model = backend.model
+    hidden = {IMAGE_MARK, *controls}
+    numbers: dict[int, int] = {}
+    for number, token in sorted(backend.get_added_tokens_decoder().items()):
+        control = token.special or token.content in hidden or _CONTROL_FORM.fullmatch(token.content)
+        if not control:
+            plain.add_tokens([token])
+            numbers[plain.encode(token.content, add_special_tokens=False).ids[0]] = number
+    return plain, dummy_space, numbers
 
 
 def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
