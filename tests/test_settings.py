@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from proxyv.train.arguments import accumulation_steps, total_steps
 from proxyv.train.config_files import (
     describe_settings,
     load_settings,
@@ -15,7 +16,6 @@ from proxyv.train.config_files import (
     write_atomically,
 )
 from proxyv.train.settings import Settings, walk
-from proxyv.train.trainer import accumulation_steps, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def test_override_values_are_yaml(tmp_path):
         ("stage.name=finetune", r"model\.init_from=null with stage\.name=finetune"),
         ("model.init_from=auto", r"model\.init_from=auto with stage\.name=pretrain"),
         ("optim.micro_batch=48", r"512 is not a multiple of optim\.micro_batch=48"),
-        ("run.wandb_mode=online", r"run\.wandb_mode=online with run\.tracker=none"),
+        ("run.wandb_mode=online", r"run\.wandb_mode=online with run\.tracker=jsonl"),
         ("data.image_grid_pinpoints=[[336]]", r"expected pairs \[height, width\]"),
     ],
 )
@@ -72,11 +72,6 @@ def test_refusals_name_the_setting_and_what_to_do(tmp_path, override, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path, "", override)
     assert "\n" not in str(caught.value)
-
-
-def test_resume_and_overwrite_contradict(tmp_path):
-    with pytest.raises(ValueError, match=r"run\.resume=true contradicts run\.overwrite=true"):
-        load(tmp_path, "", "run.resume=true", "run.overwrite=true")
 
 
 def test_unknown_keys_in_files_name_the_file(tmp_path):

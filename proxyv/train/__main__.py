@@ -66,10 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(settings: Settings) -> int:
     from proxyv.train.launch import first_to_report, prepare_rank
     from proxyv.train.run import train
+    from proxyv.train.signals import Interrupted
 
     prepare_rank(settings)
     try:
         train(settings)
+    except Interrupted as stopped:
+        if first_to_report():
+            print(stopped, flush=True)
+        return 128 + stopped.number
     except (ValueError, OSError):
         if first_to_report():
             raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proxyv.train.arguments import accumulation_steps, total_steps
 from proxyv.train.build import build_on_meta, output_folder
 from proxyv.train.config_files import settings_yaml
 from proxyv.train.run import open_data, parts_table
 from proxyv.train.settings import Settings
 from proxyv.train.stages import apply_stage, count_parts
-from proxyv.train.trainer import accumulation_steps, total_steps
 
 __all__ = ["dry_run"]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from proxyv.train.config_files import write_atomically
 
 __all__ = ["MetricsFile", "Progress"]
 
@@ -102,10 +105,19 @@ class MetricsFile(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Start a new file, unless a run is going on."""
-        if state.is_world_process_zero and state.global_step == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("", encoding="utf-8")
+        """Start a new file; a run that goes on keeps what was logged up to its checkpoint."""
+        if state.is_world_process_zero:
+            kept = [line for step, line in self._entries() if step <= state.global_step > 0]
+            write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+    def _entries(self) -> Iterator[tuple[int, str]]:
+        """Step and text of every whole line; a killed run may have left half of one."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        for line in lines:
+            try:
+                yield json.loads(line)["step"], line
+            except ValueError:
+                continue
 
     def on_log(
         self,

@@ -18,18 +18,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, check_rows
+from proxyv.data.failures import FailureLog
+from proxyv.data.sampler import RowSampler
 from proxyv.data.sources import Source, open_source
+from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
 from proxyv.train.build import Built, build, image_pipeline, output_folder, resolve, starting_folder
+from proxyv.train.checkpoints import Checkpoints
 from proxyv.train.config_files import settings_yaml, write_atomically
 from proxyv.train.progress import MetricsFile, Progress
-from proxyv.train.settings import Settings
+from proxyv.train.settings import Settings, walk
+from proxyv.train.signals import Interrupted, StopOnSignal
 from proxyv.train.stages import PartCount, apply_stage, count_parts, learning_rates
-from proxyv.train.trainer import (
-    ProxyVTrainer,
-    accumulation_steps,
-    total_steps,
-    training_arguments,
-)
+from proxyv.train.trainer import ProxyVTrainer
 
 __all__ = ["FINISHED", "open_data", "parts_table", "train"]
 
@@ -77,16 +77,46 @@ def parts_table(parts: list[PartCount], settings: Settings) -> list[str]:
 def train(settings: Settings) -> Path:
     """Run a stage to its end on this rank; every rank of the group calls it.
 
+    Where the folder holds a checkpoint of the same run, the run goes on from it.
+
     Returns:
         The run's folder, a complete ``from_pretrained`` folder.
 
     Raises:
         ValueError: settings or data that cannot be used.
-        OSError: files that are not there.
+        OSError: files that are not there, or that cannot be written.
+        Interrupted: the run got SIGTERM, has saved a checkpoint and stopped.
     """
-    began, ranks = time.monotonic(), int(os.environ.get("WORLD_SIZE", "1"))
+    began, stop = time.monotonic(), StopOnSignal()
+    with stop.listening():
+        settings = resolve(settings)
+        folder, built, trainer = _prepare(settings, stop)
+        checkpoint = _begin(trainer, folder, settings)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.received:
+            raise Interrupted(
+                stop.received,
+                f"stopped by signal {stop.received} after step {trainer.state.global_step}; the "
+                "same command goes on from there",
+            )
+        summary = {
+            "steps": trainer.state.global_step,
+            "skipped_steps": trainer.skipped_steps,
+            "rows": len(trainer.sampler),
+            "loss": round(float(result.training_loss), 6),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        save_run(trainer, built, folder, settings, summary)
+    if trainer.is_world_process_zero():
+        trainer.checkpoints.clear()
+        print(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
+    return folder
+
+
+def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, ProxyVTrainer]:
+    """Look at folder and data, build the model, say what will happen."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     say = print if int(os.environ.get("RANK", "0")) == 0 else (lambda *_, **__: None)
-    settings = resolve(settings)
     folder = check_output(settings)
     starting_folder(settings)
     accumulation = accumulation_steps(settings, ranks)
@@ -95,7 +125,12 @@ def train(settings: Settings) -> Path:
     built = build(settings)
     data = settings.data
     dataset = ConversationDataset(
-        source, built.renderer, image_pipeline(built.processor), data.max_length, data.limit
+        source,
+        built.renderer,
+        image_pipeline(built.processor),
+        data.max_length,
+        data.limit,
+        data.on_failure,
     )
     report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
     apply_stage(built.model, settings.stage.name)
@@ -109,44 +144,71 @@ def train(settings: Settings) -> Path:
         f"x {accumulation} accumulated; {steps:,} steps",
         flush=True,
     )
-    trainer = _trainer(settings, built, dataset, folder, ranks)
-    if trainer.is_world_process_zero():
+    return folder, built, _trainer(settings, built, dataset, folder, ranks, stop)
+
+
+def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | None:
+    """Make the folder ready, and find the checkpoint to go on from."""
+    first = trainer.is_world_process_zero()
+    replaced = (folder / FINISHED).is_file()
+    trainer.accelerator.wait_for_everyone()
+    if first:
+        if replaced or not settings.run.resume:
+            trainer.checkpoints.clear()
         (folder / FINISHED).unlink(missing_ok=True)
+        trainer.checkpoints.remove_partial()
         write_atomically(folder / "run.yaml", _header() + settings_yaml(settings))
-    result = trainer.train(resume_from_checkpoint=True if settings.run.resume else None)
-    save_run(
-        trainer,
-        built,
-        folder,
-        settings,
-        {
-            "steps": trainer.state.global_step,
-            "rows": len(dataset),
-            "loss": round(float(result.training_loss), 6),
-            "seconds": round(time.monotonic() - began, 1),
-        },
-    )
-    say(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
-    return folder
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = trainer.checkpoints.latest()
+    if checkpoint is None:
+        return None
+    if first:
+        print(f"going on from {checkpoint}", flush=True)
+    return str(checkpoint)
 
 
 def _trainer(
-    settings: Settings, built: Built, dataset: ConversationDataset, folder: Path, ranks: int
+    settings: Settings,
+    built: Built,
+    dataset: ConversationDataset,
+    folder: Path,
+    ranks: int,
+    stop: StopOnSignal,
 ) -> ProxyVTrainer:
     built.model.train()
-    if settings.run.gradient_checkpointing:
+    run = settings.run
+    if run.gradient_checkpointing:
         built.model.gradient_checkpointing_enable({"use_reentrant": False})
+    metrics = [] if run.tracker == "none" else [MetricsFile(folder)]
+    dummy = _dummy_image(built) if ranks > 1 else None
     trainer = ProxyVTrainer(
         settings,
+        RowSampler(len(dataset), run.seed),
+        FailureLog(folder / "failures.txt"),
+        checkpoints=Checkpoints(folder, run.keep_checkpoints, _identity(settings, ranks)),
         model=built.model,
         args=training_arguments(settings, folder, len(dataset), ranks),
         train_dataset=dataset,
-        data_collator=Collator(_pad_token_id(built), _dummy_image(built) if ranks > 1 else None),
+        data_collator=Collator(_pad_token_id(built), dummy, describe=True),
         processing_class=built.processor,
-        callbacks=[Progress(), MetricsFile(folder)],
+        callbacks=[Progress(), *metrics, stop],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+_FREE_TO_CHANGE = ("run.", "data.workers", "data.prefetch", "data.check_rows", "data.expected_rows")
+"""Settings that an interrupted run may go on with other values of; the seed is not among them."""
+
+
+def _identity(settings: Settings, ranks: int) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it."""
+    fixed = {
+        key: value
+        for key, value, _ in walk(settings)
+        if key == "run.seed" or not key.startswith(_FREE_TO_CHANGE)
+    }
+    return {**fixed, "ranks": ranks}
 
 
 def _pad_token_id(built: Built) -> int:

@@ -148,6 +148,12 @@ class DataSettings:
     max_unsupervised_share: float = option(
         0.01, "largest share of rows allowed to have no supervised token", low=0.0, high=1.0
     )
+    on_failure: str = option(
+        "raise",
+        "what a row that cannot be used does: stop the run, or be left out, counted and listed in "
+        "failures.txt",
+        choices=("raise", "skip"),
+    )
     workers: int = option(4, "data-loading processes of each rank; 0 loads in the rank", low=0)
     prefetch: int = option(4, "batches that each worker keeps ready", low=1)
 
@@ -166,6 +172,9 @@ class OptimSettings:
     )
     proxyv_lr: float | None = option(
         None, "learning rate of the ProxyV modules; null uses lr", low=0.0
+    )
+    language_lr: float | None = option(
+        None, "learning rate of the language model and its head; null uses lr", low=0.0
     )
     weight_decay: float = option(0.0, "decay of matrices (never of norms and biases)", low=0.0)
     schedule: str = option(
@@ -201,14 +210,23 @@ class RunSettings:
     overwrite: bool = option(False, "whether a finished run in that folder may be replaced")
     seed: int = option(42, "seed of new weights and of the order of rows", low=0)
     log_steps: int = option(1, "steps between two log entries", low=1)
-    save_steps: int = option(0, "steps between two checkpoints; 0 saves only at the end", low=0)
-    keep_checkpoints: int = option(1, "checkpoints kept while training", low=1)
-    resume: bool = option(False, "go on from the last checkpoint in the folder")
+    save_steps: int = option(
+        0, "steps between two checkpoints; 0 makes none, but for SIGTERM", low=0
+    )
+    keep_checkpoints: int = option(1, "complete checkpoints kept while training", low=1)
+    resume: bool = option(
+        True, "go on from the last complete checkpoint in the folder, if any; false begins anew"
+    )
+    max_skipped_steps: int = option(
+        10, "stop after so many steps in a row whose loss or gradient is not finite", low=1
+    )
     gradient_checkpointing: bool = option(
         True, "recompute activations in the backward pass: less memory, more time"
     )
     tracker: str = option(
-        "none", "where metrics go besides metrics.jsonl", choices=("none", "wandb", "tensorboard")
+        "jsonl",
+        "where metrics go: nowhere, metrics.jsonl in the run's folder, or also to a tracker",
+        choices=("none", "jsonl", "wandb", "tensorboard"),
     )
     wandb_mode: str = option(
         "offline", "wandb keeps its files here, or sends them", choices=("offline", "online")
@@ -273,8 +291,6 @@ def check_settings(settings: Settings) -> Settings:
         raise ValueError(
             f"run.wandb_mode=online with run.tracker={run.tracker}: set run.tracker=wandb too"
         )
-    if run.resume and run.overwrite:
-        raise ValueError("run.resume=true contradicts run.overwrite=true: choose one")
     _check_pinpoints(settings.data)
     return settings
 

@@ -66,6 +66,8 @@ def learning_rates(optim: OptimSettings) -> dict[str, float]:
     rates = dict.fromkeys(PARTS, optim.lr)
     if optim.projector_lr is not None:
         rates["projector"] = rates["newline"] = optim.projector_lr
+    if optim.language_lr is not None:
+        rates["language_model"] = rates["lm_head"] = optim.language_lr
     if optim.proxyv_lr is not None:
         rates["proxyv"] = optim.proxyv_lr
     return rates

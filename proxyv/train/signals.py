@@ -1,0 +1,67 @@
+"""A run that is told to go saves first: SIGTERM is how clusters take a machine back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from proxyv.train.ranks import world_size
+
+__all__ = ["Interrupted", "StopOnSignal"]
+
+
+class Interrupted(Exception):
+    """A run has saved and stopped because of a signal.
+
+    Attributes:
+        number: of the signal; a process ends with 128 + number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops after the step in which any rank got SIGTERM.
+
+    Attributes:
+        received: number of the signal that stops the run; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Receive the signal in place of dying of it."""
+        before = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Agree with the other ranks, and end the run if one has to go."""
+        if world_size() > 1:
+            flag = torch.tensor(self.received, device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.received = int(flag)
+        if self.received:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,228 @@
+"""No run is lost: killed, told to stop, out of disk, or with a damaged checkpoint."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_training import make_backbones, make_rows, overrides
+from transformers import TrainerCallback
+
+from proxyv.train import run
+from proxyv.train.checkpoints import MANIFEST, CheckpointError, Checkpoints, find_checkpoints
+from proxyv.train.config_files import load_settings
+from proxyv.train.settings import Settings
+from proxyv.train.signals import Interrupted
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_backbones(folder)
+    make_rows(folder, 8, text_only=4)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings_for(world: Path, folder: Path, **more: object) -> Settings:
+    values = {
+        "run.output_dir": folder,
+        "optim.max_steps": STEPS,  # of 3 steps a pass
+        "model.dtype": "float32",
+        "deepspeed.config": "null",
+        "run.save_steps": 2,
+        "run.keep_checkpoints": 2,
+        **more,
+    }
+    return load_settings(ROOT / "configs/tiny/pretrain.yaml", overrides(world, **values))
+
+
+def metrics(folder: Path) -> list[dict]:
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    fixed = ("step", "loss", "grad_norm", "learning_rate", "supervised_share")
+    return [{key: entry[key] for key in fixed} for entry in entries if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory) -> Path:
+    os.chdir(ROOT)
+    return run.train(settings_for(world, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    """The same losses, line by line, and the same weights, bit by bit."""
+    assert metrics(folder) == metrics(whole)
+    one, other = (load_file(path / "model.safetensors") for path in (folder, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class At(TrainerCallback):
+    """Calls something at the end of a step."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def train_with(monkeypatch, settings: Settings, callback: TrainerCallback) -> Path:
+    with monkeypatch.context() as patch:
+        make = run.Progress
+        patch.setattr(run, "Progress", lambda: [make(), callback][1])
+        return run.train(settings)
+
+
+def test_sigterm_saves_and_the_same_run_goes_on(world, uninterrupted, tmp_path, monkeypatch):
+    settings = settings_for(world, tmp_path, **{"run.save_steps": 0})
+    told = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="signal 15 after step") as caught:
+        train_with(monkeypatch, settings, told)
+    assert caught.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    [(step, path)] = find_checkpoints(tmp_path)
+    assert step in (3, 4)
+    assert not (tmp_path / run.FINISHED).exists()
+    saved = load_file(path / "trained.safetensors")
+    assert saved and not [name for name in saved if "q_proj" in name or "vision_tower" in name]
+    size = sum(value.numel() for value in saved.values())
+    assert sum(file.stat().st_size for file in path.iterdir()) < 3 * 4 * size + 60_000
+    run.train(settings)
+    check_same(tmp_path, uninterrupted)
+    assert not find_checkpoints(tmp_path)
+
+
+def in_child(settings: Settings) -> multiprocessing.Process:
+    """The run in a process of its own, which may be killed."""
+    child = multiprocessing.get_context("fork").Process(target=run.train, args=(settings,))
+    child.start()
+    return child
+
+
+def wait_for(condition, child: multiprocessing.Process) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert child.is_alive() and time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_kill_at_any_moment_loses_nothing(world, uninterrupted, tmp_path):
+    settings = settings_for(world, tmp_path)
+
+    def steps() -> int:
+        path = tmp_path / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.is_file() else 0
+
+    moments = [
+        lambda: list(tmp_path.glob(".checkpoint-2.partial/*")),  # while saving, nothing before
+        lambda: (tmp_path / "checkpoint-2").exists() and steps() >= 3,
+        lambda: list(tmp_path.glob(".checkpoint-4.partial/*")),
+        lambda: list(tmp_path.glob(".partial/*")),  # while the finished model is written
+    ]
+    for moment in moments:
+        child = in_child(settings)
+        wait_for(moment, child)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert not (tmp_path / run.FINISHED).exists()
+    run.train(settings)
+    check_same(tmp_path, uninterrupted)
+
+
+@pytest.fixture
+def stopped(world, tmp_path, monkeypatch) -> Settings:
+    """A run with checkpoints of steps 2 and 4."""
+    settings = settings_for(world, tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        train_with(monkeypatch, settings, At(5, lambda: 1 / 0))
+    assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [2, 4]
+    return settings
+
+
+def test_a_damaged_checkpoint_is_passed_over(stopped, uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    damaged = folder / "checkpoint-4" / "trained.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    run.train(stopped)
+    said = capsys.readouterr().out
+    assert "checkpoint-4: trained.safetensors does not have its checksum; going on from" in said
+    assert f"going on from {folder / 'checkpoint-2'}" in said
+    check_same(folder, uninterrupted)
+
+
+def test_no_complete_checkpoint_is_an_error_and_no_new_beginning(stopped, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    (folder / "checkpoint-2" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing.*run\.resume=false"):
+        run.train(stopped)
+    stopped.run.resume = False
+    run.train(stopped)
+    assert (folder / run.FINISHED).is_file()
+
+
+def test_other_settings_do_not_go_on(stopped):
+    stopped.optim.lr = 0.5
+    with pytest.raises(CheckpointError, match=r"optim\.lr=0\.001 then, 0\.5 now.*output_dir"):
+        run.train(stopped)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    world, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    """Files may not grow beyond a limit from step 3 on, and may again from step 5 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "run"
+    seen = []
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+            if state.global_step == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                seen.extend(path.name for path in folder.glob(".check*"))
+                seen.extend(path.name for _, path in find_checkpoints(folder))
+
+    try:
+        train_with(monkeypatch, settings_for(world, folder), Full())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().out
+    assert "warning: the checkpoint of step 4 was not saved: " in said
+    assert "checkpoint-2 is the last complete one" in said
+    assert seen == ["checkpoint-2"]
+    check_same(folder, uninterrupted)
+
+
+def test_too_little_space_is_known_before_writing(tmp_path):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 1, {}, said.append)
+    assert checkpoints.write(1, lambda folder: (folder / "a").write_bytes(b"1") and None)
+    assert not checkpoints.write(2, lambda folder: pytest.fail("written"), needed_bytes=1 << 60)
+    assert "1,152,921,504,606,846,976 bytes needed" in said[0] and "checkpoint-1" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert checkpoints.write(3, lambda folder: (folder / "a").write_bytes(b"3") and None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
