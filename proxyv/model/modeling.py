@@ -37,6 +37,7 @@ from proxyv.model.crops import image_grids
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.generation import ImageGenerationMixin
+from proxyv.model.head import LanguageHead, supervised_rows
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
 from proxyv.model.vision import ImageFeaturesMixin
 
@@ -240,7 +241,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
         super(LlavaNextForConditionalGeneration, self).__init__(config)
         self.model = ProxyVModel(config)
         text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(text_config.hidden_size, text_config.vocab_size)
         self.post_init()
 
     @classmethod
@@ -365,6 +366,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> LlavaNextCausalLMOutputWithPast:
         """Run the model.
@@ -387,6 +389,7 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             labels: (B, S) targets, -100 where none.
             use_cache: return a cache.
             logits_to_keep: compute logits of the last so many rows (0: all), or of given rows.
+            loss_only: compute the loss from supervised rows alone, and no logits: for training.
             **kwargs: passed on; ``num_items_in_batch`` divides the summed loss.
 
         Returns:
@@ -419,9 +422,12 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if loss_only:
+            loss = self._supervised_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and not loss_only:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return LlavaNextCausalLMOutputWithPast(
@@ -432,6 +438,16 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _supervised_loss(
+        self, hidden: Tensor, labels: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
+        """Cross entropy over ``num_items`` (default: the supervised tokens here); 0 where none."""
+        if labels is None or labels.shape[1] != hidden.shape[1]:
+            raise ValueError("loss_only=True needs labels, and no logits_to_keep")
+        rows, targets = supervised_rows(hidden, labels)
+        count = torch.as_tensor(len(targets) if num_items is None else num_items)
+        return self.lm_head(rows, targets) / count.to(rows.device).clamp(min=1)
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

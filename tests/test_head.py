@@ -1,0 +1,84 @@
+"""The loss from supervised rows alone equals the usual loss, in value and in every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import IMAGE_TOKEN, collate, sample, tiny_model
+from torch import nn
+
+from proxyv.model import head
+from proxyv.model.head import LanguageHead, supervised_rows
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([0, 1, 3, 20]))
+def test_chunks_change_nothing(seed, length, at_once):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(3, length, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 11, (3, length), generator=generator)
+    labels[torch.rand(3, length, generator=generator) < 0.5] = -100
+    layer = LanguageHead(8, 11).double()
+    gradients = []
+    before = head._LOGITS_AT_ONCE
+    for chunked in (True, False):
+        rows = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        if chunked:
+            head._LOGITS_AT_ONCE = at_once * 11
+            try:
+                loss = layer(*supervised_rows(rows, labels))
+                loss.backward()
+            finally:
+                head._LOGITS_AT_ONCE = before
+        else:
+            logits = layer(rows)[:, :-1].reshape(-1, 11).float()
+            wanted = labels[:, 1:].reshape(-1)
+            loss = nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+            loss.backward()
+        gradients.append((loss.detach(), rows.grad, layer.weight.grad.clone()))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_never_more_logits_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(head, "_LOGITS_AT_ONCE", 5 * 11)
+    seen: list[int] = []
+    plain = nn.functional.cross_entropy
+
+    def watch(logits, *args, **kwargs):
+        seen.append(len(logits))
+        return plain(logits, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", watch)
+    layer = LanguageHead(8, 11)
+    layer(torch.randn(12, 8, requires_grad=True), torch.arange(12) % 11).backward()
+    assert seen == [5, 5, 2] * 2 or sorted(seen) == [2, 2, 5, 5, 5, 5]
+
+
+def test_nothing_supervised_is_a_zero_with_gradients():
+    layer = LanguageHead(8, 11)
+    rows = torch.randn(2, 3, 8, requires_grad=True)
+    loss = layer(*supervised_rows(rows, torch.full((2, 3), -100)))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert rows.grad.abs().sum() == layer.weight.grad.abs().sum() == 0
+
+
+def test_loss_only_is_the_models_loss():
+    model, generator = tiny_model(start_layer=1), torch.Generator().manual_seed(3)
+    rows = [sample(parts, model.config, generator) for parts in ([3, "1", 6], [4], ["2", 9])]
+    batch = collate(rows)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+    batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    plain = model(**batch)
+    only = model(**batch, loss_only=True)
+    assert only.logits is None
+    torch.testing.assert_close(only.loss, plain.loss)
+    halved = model(**batch, loss_only=True, num_items_in_batch=torch.tensor(2))
+    count = (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(halved.loss, plain.loss * count / 2)
+    with pytest.raises(ValueError, match="loss_only=True needs labels"):
+        model(**{**batch, "labels": None}, loss_only=True)
