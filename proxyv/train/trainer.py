@@ -76,6 +76,7 @@ class ProxyVTrainer(ResumableTrainer):
             print(f"left out: {line}", flush=True)
         self._tokens += int(inputs["attention_mask"].sum())
         self._supervised += int((inputs["labels"] != IGNORE_INDEX).sum())
+        inputs["loss_only"] = True
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         self._step_rows.append((rows, loss.detach()))
