@@ -31,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--side-px", type=int, default=168, help="page side, default 168")
     parser.add_argument("--workers", type=int, default=None, help="default: one for each core")
+    parser.add_argument(
+        "--all-benchmarks",
+        action="store_true",
+        help="also write the schemas of InfoVQA, TextVQA, OCRBench, MME, MMBench, SEED-Bench, GQA, "
+        "RefCOCO and CCpdf, each from as many pictures as there are test documents",
+    )
     parser.add_argument("--json", action="store_true", help="print the row counts as JSON")
     options = parser.parse_args(argv)
     rows = write_world(
@@ -43,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         questions_per_page=options.questions_per_page,
         side_px=options.side_px,
         workers=options.workers,
+        all_benchmarks=options.all_benchmarks,
     )
     if options.json:
         print(json.dumps(rows))

@@ -3,32 +3,39 @@
     python -m proxyv.synthetic --out data/generated
 
 gives ShareGPT4V captions (stage 1), LLaVA-NeXT conversations (stage 2), and DocVQA and ChartQA
-rows for evaluation; both training sets name their pictures relative to ``--out``. Everything
-follows from the seed; the training half and the test half share no page, no seed, no typeface, no
-layout and no value of three characters or more (labels, axis ticks and the measures and years in
-chart titles are common to both).
+rows for evaluation; ``--all-benchmarks`` adds rows of every other benchmark. Both training sets
+name their pictures relative to ``--out``. Everything follows from the seed; the training half and
+the test half share no page, no seed, no typeface, no layout and no value of three characters or
+more (labels, axis ticks and the measures and years in chart titles are common to both).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
-import datasets
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
-from proxyv.synthetic.charts import chartqa_type, make_chart
+from proxyv.synthetic.charts import make_chart
 from proxyv.synthetic.degrade import degrade
 from proxyv.synthetic.documents import make_document, make_text_page
 from proxyv.synthetic.page import Page, Split
+from proxyv.synthetic.scene_tables import write_scene_sets
+from proxyv.synthetic.tables import (
+    png_bytes,
+    write_ccpdf,
+    write_chartqa,
+    write_docvqa,
+    write_docvqa_test,
+    write_infovqa,
+)
 
 __all__ = ["CHART_PROMPT", "DOCUMENT_PROMPT", "READ_PROMPT", "Mix", "draw_page", "write_world"]
 
@@ -36,16 +43,17 @@ DOCUMENT_PROMPT = "\nAnswer the question using a single word or phrase."
 CHART_PROMPT = "\nAnswer the question with a single word."
 READ_PROMPT = "Read the page."
 
-_TRAIN_STREAM, _TEST_STREAM = 0, 1
+_TRAIN_STREAM, _TEST_STREAM, _FURTHER_STREAM, _SCENE_STREAM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of page kinds; they are normalised to one."""
+    """Shares of page kinds, normalised to one; and how many questions are asked of a chart."""
 
     text: float = 0.0
     documents: float = 0.5
     charts: float = 0.5
+    chart_questions: tuple[int, int] = (3, 6)
 
 
 def draw_page(
@@ -55,8 +63,11 @@ def draw_page(
     rng = np.random.default_rng(seed)
     shares = np.array([mix.text, mix.documents, mix.charts])
     kind = int(rng.choice(3, p=shares / shares.sum()))
-    make = (make_text_page, make_document, make_chart)[kind]
-    return degrade(make(rng, split, size_hw), rng)
+    if kind == 2:
+        page = make_chart(rng, split, size_hw, mix.chart_questions)
+    else:
+        page = (make_text_page, make_document)[kind](rng, split, size_hw)
+    return degrade(page, rng)
 
 
 def is_chart(page: Page) -> bool:
@@ -69,15 +80,9 @@ def prompt_suffix(page: Page) -> str:
     return CHART_PROMPT if is_chart(page) else DOCUMENT_PROMPT
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def _draw(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> tuple[Page, bytes]:
     page = draw_page(seed, split, mix, (side_px, side_px))
-    return page, _png(page.image)
+    return page, png_bytes(page.image)
 
 
 def _pages(
@@ -105,8 +110,9 @@ def write_world(
     questions_per_page: int = 5,
     side_px: int = 168,
     workers: int | None = None,
+    all_benchmarks: bool = False,
 ) -> dict[str, int]:
-    """Write all four data sets under ``out``.
+    """Write both training sets, DocVQA and ChartQA under ``out``.
 
     Args:
         out: folder; files of an earlier run are replaced.
@@ -118,6 +124,8 @@ def write_world(
         questions_per_page: questions taken from a page at most, in training and evaluation.
         side_px: page side in pixels.
         workers: processes that draw (default: one for each core).
+        all_benchmarks: whether every other benchmark is written too, each from as many new
+            pictures as there are test documents; the other files are the same either way.
 
     Returns:
         Rows written for each data set.
@@ -158,10 +166,33 @@ def write_world(
     _write_json(out / "llava_next" / "conversations.json", conversations)
     rows |= {"sharegpt4v": len(captions), "llava_next": len(conversations)}
     documents = _pages(seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers)
-    rows["docvqa"] = _write_docvqa(out / "docvqa", documents, questions_per_page)
+    rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
     charts = _pages(seed, _TEST_STREAM, test_charts, "test", only_charts, side_px, workers)
-    rows["chartqa"] = _write_chartqa(out / "chartqa", charts, questions_per_page)
+    rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
+    if all_benchmarks:
+        draw = partial(_pages, seed, _FURTHER_STREAM, test_documents, "test")
+        documents = draw(only_documents, side_px, workers)
+        charts = draw(only_charts, side_px, workers)
+        rows |= _write_further(out, seed, list(documents), charts, questions_per_page, side_px)
     return rows
+
+
+def _write_further(
+    out: Path,
+    seed: int,
+    documents: Sequence[tuple[Page, bytes]],
+    charts: Iterator[tuple[Page, bytes]],
+    most: int,
+    side_px: int,
+) -> dict[str, int]:
+    """Write the benchmarks besides DocVQA and ChartQA, and DocVQA's test split."""
+    seeds = [(seed, _SCENE_STREAM, index) for index in range(len(documents))]
+    return {
+        "docvqa (test)": write_docvqa_test(out / "docvqa", documents),
+        "infovqa": write_infovqa(out / "infovqa", documents, charts, most),
+        "ccpdf": write_ccpdf(out / "ccpdf", documents),
+        **write_scene_sets(out, seeds, documents, side_px),
+    }
 
 
 def _caption_row(name: str, page: Page) -> dict:
