@@ -11,7 +11,7 @@ from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, ImagePipeline, check_rows
 from proxyv.data.failures import FailureLog
 from proxyv.data.images import DataError, ImageFolder
-from proxyv.data.sources import parse_row
+from proxyv.data.rows import parse_row
 from proxyv.data.templates import IGNORE_INDEX, Renderer
 from proxyv.train.stage0.tokenizer import build_tokenizer
 
@@ -174,7 +174,7 @@ def test_rows_are_cut_on_the_right_but_never_inside_an_image():
     row = rows(1)[0]
     crowded = ConversationDataset([row], renderer, pipeline, max_length=20)
     with pytest.raises(DataError, match=r"row 0 .*30 of them of images, do not fit .*=20"):
-        crowded._render(row, [1])
+        crowded.render(row, [1])
 
 
 def test_rows_without_supervision_stop_the_run():

@@ -12,7 +12,8 @@ from PIL import Image
 
 from proxyv.data import sources
 from proxyv.data.images import DataError, ImageFolder
-from proxyv.data.sources import JsonSource, open_source, parse_row
+from proxyv.data.rows import parse_row
+from proxyv.data.sources import JsonSource, open_source
 
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That"}]
 

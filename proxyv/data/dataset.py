@@ -1,20 +1,17 @@
-"""Rows as tensors: text rendered by the template, images cut into crops by the processor."""
+"""Rows as tensors by number, and what a look at them before training finds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from proxyv.cli import nearest
 from proxyv.data.collator import Sample
 from proxyv.data.images import DataError
-from proxyv.data.sources import Row, Source
+from proxyv.data.pipeline import FAILURE_POLICIES, ImagePipeline, RowPipeline
+from proxyv.data.sources import Source
 from proxyv.data.templates import Rendered, Renderer
 
 __all__ = [
@@ -26,9 +23,6 @@ __all__ = [
     "check_rows",
     "report_rows",
 ]
-
-FAILURE_POLICIES = ("raise", "skip")
-"""What a row that cannot be used may do; see :class:`ConversationDataset`."""
 
 FACTS = np.dtype(
     [
@@ -43,23 +37,7 @@ FACTS = np.dtype(
 answers that the length limit cut off, images, and whether the row cannot be used."""
 
 
-@dataclass(frozen=True)
-class ImagePipeline:
-    """How images become crops.
-
-    Attributes:
-        inputs: images to ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,) and
-            ``image_sizes`` (N, 2).
-        count_crops: (height, width) of an image to its number of crops, without decoding it.
-        tokens_per_crop: s * s full tokens and one newline token.
-    """
-
-    inputs: Callable[[list[Image.Image]], dict[str, Any]]
-    count_crops: Callable[[tuple[int, int]], int]
-    tokens_per_crop: int
-
-
-class ConversationDataset(Dataset[Sample]):
+class ConversationDataset(RowPipeline, Dataset[Sample]):
     """A source with a template and an image pipeline.
 
     Args:
@@ -68,13 +46,7 @@ class ConversationDataset(Dataset[Sample]):
         images: makes crops.
         max_length: longest row in tokens; what lies beyond is cut off on the right.
         limit: use only the first rows; None uses all.
-        on_failure: what a row that cannot be used does (its image is missing, corrupt, too large,
-            or its text is no conversation): ``raise`` stops with its name; ``skip`` gives a sample
-            with the entry ``failure`` alone, which the collator leaves out and reports. No other
-            row ever takes its place.
-
-    Raises:
-        ValueError: another ``on_failure``.
+        on_failure: ``raise`` or ``skip``, see :class:`RowPipeline`.
     """
 
     def __init__(
@@ -86,11 +58,8 @@ class ConversationDataset(Dataset[Sample]):
         limit: int | None = None,
         on_failure: str = "raise",
     ) -> None:
-        if on_failure not in FAILURE_POLICIES:
-            raise ValueError(nearest("value of on_failure", on_failure, FAILURE_POLICIES))
-        self.on_failure = on_failure
-        self.source, self.renderer, self.images = source, renderer, images
-        self.max_length = max_length
+        super().__init__(renderer, images, max_length, on_failure)
+        self.source = source
         self._length = len(source) if limit is None else min(limit, len(source))
 
     def __len__(self) -> int:
@@ -98,71 +67,22 @@ class ConversationDataset(Dataset[Sample]):
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
-        """One row as tensors.
-
-        Raises:
-            DataError: the row cannot be used, and ``on_failure`` is ``raise``; the message names
-                the row.
-        """
-        try:
-            return self._tensors(self.source[index])
-        except DataError as error:
-            if self.on_failure == "raise":
-                raise
-            return Sample(failure=str(error))
-
-    def _tensors(self, row: Row) -> Sample:
-        pictures = [reference.load() for reference in row.images]
-        if not pictures:
-            return self._text(row, self._render(row, []))
-        inputs = self.images.inputs(pictures)
-        num_crops = torch.as_tensor(inputs["num_crops"], dtype=torch.long)
-        sample = self._text(row, self._render(row, num_crops.tolist()))
-        sample["pixel_values"] = inputs["pixel_values"]
-        sample["num_crops"] = num_crops
-        sample["image_sizes"] = torch.as_tensor(inputs["image_sizes"], dtype=torch.long)
-        return sample
+        """One row as tensors; see :meth:`RowPipeline.sample`."""
+        return self.sample(lambda: self.source[index])
 
     def rendered(self, index: int) -> Rendered:
         """Ids and labels of a row, reading no more of its images than their headers."""
         row = self.source[index]
-        crops = [self.images.count_crops(reference.size_hw()) for reference in row.images]
-        return self._render(row, crops)
+        return self.render(row, self.count_crops(row))
 
     def measure(self, index: int) -> tuple[int, int, int, int, bool]:
         """The row's entry in a table of :data:`FACTS`; never raises for a row that fails."""
         try:
             row = self.source[index]
-            crops = [self.images.count_crops(reference.size_hw()) for reference in row.images]
-            done = self._render(row, crops)
+            done = self.render(row, self.count_crops(row))
         except DataError:
             return 0, 0, 0, 0, True
-        return len(done.input_ids), done.num_supervised, done.hidden, len(crops), False
-
-    def _render(self, row: Row, num_crops: list[int]) -> Rendered:
-        lengths = [crops * self.images.tokens_per_crop for crops in num_crops]
-        try:
-            rendered = self.renderer.render(row.turns, lengths)
-        except ValueError as error:
-            raise DataError(f"{row.where}: {error}") from error
-        if len(rendered.input_ids) <= self.max_length:
-            return rendered
-        image_id = self.renderer.image_token_id
-        if lengths and image_id in rendered.input_ids[self.max_length :]:
-            raise DataError(
-                f"{row.where}: {len(rendered.input_ids)} tokens, {sum(lengths)} of them of images, "
-                f"do not fit data.max_length={self.max_length} (cutting would lose part of an "
-                "image); raise it or use fewer crops"
-            )
-        return rendered.cut(self.max_length)
-
-    @staticmethod
-    def _text(row: Row, rendered: Rendered) -> Sample:
-        return Sample(
-            where=row.where,
-            input_ids=torch.tensor(rendered.input_ids, dtype=torch.long),
-            labels=torch.tensor(rendered.labels, dtype=torch.long),
-        )
+        return len(done.input_ids), done.num_supervised, done.hidden, len(row.images), False
 
 
 @dataclass(frozen=True)

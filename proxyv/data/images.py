@@ -10,10 +10,22 @@ from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["DataError", "ImageFolder", "ImageRef"]
+__all__ = ["FAULTS", "DataError", "ImageFolder", "ImageRef"]
 
 Read = TypeVar("Read")
 _ORIENTATION = 0x0112  # Exif: values from 5 on swap height and width
+
+
+FAULTS = (
+    "unreadable row",
+    "wrong number of images",
+    "missing image",
+    "corrupt image",
+    "image outside its folder",
+    "image too large",
+    "too long",
+)
+"""Why a row cannot be used."""
 
 
 class DataError(ValueError):
@@ -21,10 +33,18 @@ class DataError(ValueError):
 
     PyTorch raises an error of a worker process anew with the worker's traceback as its text; of
     that text only the message is kept.
+
+    Attributes:
+        kind: one of :data:`FAULTS`.
     """
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", kind: str = "unreadable row") -> None:
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+        self.kind = kind
+
+
+class _TooLarge(ValueError):
+    """An image with more pixels than allowed."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +103,14 @@ class ImageFolder:
             turned = opened.getexif().get(_ORIENTATION, 1) >= 5
             return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
+    def content(self, image: str | bytes) -> bytes:
+        """The bytes of an image file."""
+        return image if isinstance(image, bytes) else self.locate(image).read_bytes()
+
     def _check_size(self, size_wh: tuple[int, int]) -> None:
         megapixels = size_wh[0] * size_wh[1] / 1e6
         if megapixels > self.max_megapixels:
-            raise ValueError(
+            raise _TooLarge(
                 f"image of {size_wh[1]} x {size_wh[0]} pixels (height x width) is {megapixels:.1f} "
                 f"megapixels, more than data.max_megapixels={self.max_megapixels:g}"
             )
@@ -112,19 +136,31 @@ class ImageRef:
         """Height and width, from the header."""
         return self._guard(self.folder.size_hw)
 
+    def content(self) -> bytes:
+        """The file as it is, not decoded."""
+        return self._guard(self.folder.content)
+
     def _guard(self, read: Callable[[str | bytes], Read]) -> Read:
         name = self.image if isinstance(self.image, str) else f"{len(self.image)} bytes"
+        cause: Exception
         try:
             return read(self.image)
         except FileNotFoundError as error:
-            raise DataError(f"{self.where}, field 'image': {error}") from error
+            text, kind, cause = str(error), "missing image", error
         except UnidentifiedImageError as error:
-            raise DataError(
-                f"{self.where}, field 'image': {name} is not an image that can be read (corrupt?)"
-            ) from error
+            text, kind, cause = (
+                f"{name} is not an image that can be read (corrupt?)",
+                "corrupt image",
+                error,
+            )
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{self.where}, field 'image': {name} cannot be decoded (corrupt?): {error}"
-            ) from error
+            text, kind, cause = (
+                f"{name} cannot be decoded (corrupt?): {error}",
+                "corrupt image",
+                error,
+            )
+        except _TooLarge as error:
+            text, kind, cause = str(error), "image too large", error
         except ValueError as error:
-            raise DataError(f"{self.where}, field 'image': {error}") from error
+            text, kind, cause = str(error), "image outside its folder", error
+        raise DataError(f"{self.where}, field 'image': {text}", kind) from cause

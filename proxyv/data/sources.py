@@ -1,13 +1,13 @@
 """Readers of the data sets' own files: rows with their turns, and images decoded when asked for.
 
-Two forms are read, both without holding the set in memory:
+Two forms are read, both without holding the set in memory, and mixtures of them:
 
-- JSON (one array, or one object a line) with images in folders: ShareGPT4V, LLaVA-NeXT raw. The
-  file is memory-mapped and only the place of each row is kept.
+- JSON (one array, or one object a line) with images in folders: ShareGPT4V, LLaVA-NeXT raw,
+  DocStruct4M. The file is memory-mapped and only the place of each row is kept.
 - Parquet with image bytes, from a file, a folder or the hub: LLaVA-NeXT-Data. ``datasets`` maps it.
+- A YAML file that lists such sets with weights: see ``mixture.py``.
 
-Every error names the file, the row, its id and the field. Source: no counterpart; the authors'
-loader replaces a failing row by random other rows.
+Source: no counterpart; the authors' loader reads the whole file into memory.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from proxyv.data.images import DataError, ImageFolder, ImageRef
-from proxyv.data.templates import IMAGE_MARK, Turn, as_turns
+from proxyv.data.images import DataError, ImageFolder
+from proxyv.data.rows import Row, parse_row
 
 __all__ = [
     "JsonSource",
     "ParquetSource",
-    "Row",
     "Source",
     "open_source",
+    "parquet_files",
 ]
 
 _BLOCK_BYTES = 1 << 22
@@ -52,89 +51,14 @@ class Source(Protocol):
         """One row, its images not yet decoded."""
         ...
 
+    def record(self, index: int) -> Any:
+        """One row as it stands in the file."""
+        ...
 
-@dataclass(frozen=True)
-class Row:
-    """One conversation with its images.
-
-    Attributes:
-        where: file, row number and id, for error messages.
-        turns: the messages, ending with an answer.
-        images: in order of appearance.
-    """
-
-    where: str
-    turns: tuple[Turn, ...]
-    images: tuple[ImageRef, ...]
-
-
-def parse_row(record: Any, file: str, index: int, folder: ImageFolder) -> Row:
-    """Check a raw record and make a row of it.
-
-    A leading answer without a question and a trailing question without an answer are left out:
-    the first as in the authors' code, the second because nothing of it is learned.
-
-    Raises:
-        DataError: the record is no conversation, has no answer, or its ``<image>`` marks and its
-            images differ in number.
-    """
-    where = f"{file}: row {index}"
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object, got {type(record).__name__}")
-    where += f" (id {record['id']!r})" if record.get("id") is not None else ""
-    turns = _turns(record, where)
-    images = _images(record.get("image"), where)
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-    if marks != len(images):
-        raise DataError(
-            f"{where}, field 'conversations': {marks} {IMAGE_MARK} in the text, but "
-            f"{len(images)} image{'s' * (len(images) != 1)} in field 'image'"
-        )
-    return Row(where, tuple(turns), tuple(ImageRef(folder, image, where) for image in images))
-
-
-def _turns(record: Mapping[str, Any], where: str) -> list[Turn]:
-    conversation = record.get("conversations")
-    if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
-        raise DataError(
-            f"{where}, field 'conversations': expected a list of messages, got {conversation!r}"
-        )
-    try:
-        turns = as_turns(conversation)
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{where}, field 'conversations': {error}") from error
-    first = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
-    turns = turns[first:]
-    while turns and turns[-1].role != "assistant":
-        turns.pop()
-    if not turns:
-        raise DataError(
-            f"{where}, field 'conversations': no answer (no message from 'gpt' after a question)"
-        )
-    spoken = [turn.role for turn in turns if turn.role != "system"]
-    for number, role in enumerate(spoken):
-        if role != ("assistant" if number % 2 else "user"):
-            raise DataError(
-                f"{where}, field 'conversations': two messages in a row from {role!r}"
-                f" (message {number}); questions and answers must alternate"
-            )
-    return turns
-
-
-def _images(value: Any, where: str) -> list[str | bytes]:
-    """Read field 'image': nothing, a path, ``datasets``' {bytes, path}, or a list of those."""
-    if value is None or value == "":
-        return []
-    images: list[str | bytes] = []
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, Mapping):
-            item = item.get("bytes") or item.get("path")
-        if not isinstance(item, (str, bytes)) or not item:
-            raise DataError(
-                f"{where}, field 'image': expected a path or bytes, got {type(item).__name__}"
-            )
-        images.append(item)
-    return images
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the files change."""
+        ...
 
 
 class JsonSource:
@@ -162,11 +86,20 @@ class JsonSource:
 
     def __getitem__(self, index: int) -> Row:
         """One row, its images not yet decoded."""
+        return parse_row(self.record(index), str(self.path), index, self.folder)
+
+    def record(self, index: int) -> Any:
+        """One row as it stands in the file."""
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start, end = self._spans[index]
-        return parse_row(json.loads(self._map[start:end]), str(self.path), index, self.folder)
+        return json.loads(self._map[start:end])
+
+    @property
+    def fingerprint(self) -> str:
+        """Path, size and time of the file."""
+        return _stamp([self.path])
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process opens the map anew."""
@@ -236,6 +169,19 @@ def _row_spans(path: Path) -> Iterator[tuple[int, int]]:
             index += 1
 
 
+def parquet_files(path: str) -> list[Path]:
+    """The parquet files that a path on this machine names, in order.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    found = Path(path)
+    files = sorted(found.rglob("*.parquet")) if found.is_dir() else [found]
+    if not files:
+        raise FileNotFoundError(f"no parquet file in {path}")
+    return files
+
+
 class ParquetSource:
     """Rows of parquet files with image bytes, memory-mapped by ``datasets``.
 
@@ -248,12 +194,10 @@ class ParquetSource:
         import datasets
 
         self.path, self.folder = path, folder
-        if Path(path).exists():
-            found = Path(path)
-            files = sorted(str(f) for f in found.rglob("*.parquet")) if found.is_dir() else [path]
-            if not files:
-                raise FileNotFoundError(f"no parquet file in {path}")
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
+        self._files = parquet_files(path) if Path(path).exists() else []
+        if self._files:
+            names = [str(file) for file in self._files]
+            table = datasets.load_dataset("parquet", data_files=names, split="train")
         else:
             table = datasets.load_dataset(path, split="train")
         for name, feature in table.features.items():
@@ -269,7 +213,22 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Row:
         """One row, its images not yet decoded."""
-        return parse_row(self._table[int(index)], self.path, index, self.folder)
+        return parse_row(self.record(index), self.path, index, self.folder)
+
+    def record(self, index: int) -> Any:
+        """One row as it stands in the table."""
+        return self._table[int(index)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Path, size and time of the files, or what the hub's copy is known by."""
+        return _stamp(self._files) if self._files else str(self._table._fingerprint)
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """What tells one state of some files from another."""
+    states = [(str(file), os.stat(file)) for file in files]
+    return " ".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
 
 
 def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
@@ -277,7 +236,7 @@ def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
 
     Args:
         annotations: a ``.json``/``.jsonl`` file, a ``.parquet`` file, a folder of parquet files,
-            or an id on the hub such as ``lmms-lab/LLaVA-NeXT-Data``.
+            an id on the hub such as ``lmms-lab/LLaVA-NeXT-Data``, or a ``.yaml`` mixture of those.
         images: the folder that image paths are relative to.
         limits: see :class:`ImageFolder`.
 
@@ -289,6 +248,10 @@ def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
         raise FileNotFoundError(f"data.images: no folder {images!r}")
     folder = ImageFolder(None if images is None else Path(images), **limits)
     path = Path(annotations)
+    if path.suffix in (".yaml", ".yml"):
+        from proxyv.data.mixture import open_mixture
+
+        return open_mixture(path, images, **limits)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"data.annotations: no file {annotations!r}")
@@ -298,7 +261,7 @@ def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
     if path.exists():
         raise ValueError(
             f"data.annotations={annotations!r}: expected .json, .jsonl, .parquet, a folder of "
-            "parquet files, or an id on the hub"
+            "parquet files, a .yaml mixture, or an id on the hub"
         )
     if _HUB_ID.fullmatch(annotations) and path.suffix != ".parquet":
         return ParquetSource(annotations, folder)

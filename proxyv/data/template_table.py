@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["BOS", "IMAGES", "MESSAGE", "TEMPLATES", "Bos", "Control", "Message", "Part", "Template"]
+__all__ = [
+    "BOS",
+    "IMAGES",
+    "IMAGE_MARK",
+    "MESSAGE",
+    "TEMPLATES",
+    "Bos",
+    "Control",
+    "Message",
+    "Part",
+    "Template",
+]
+
+
+IMAGE_MARK = "<image>"
+"""What stands for an image in the text of a message."""
 
 
 class Control(str):

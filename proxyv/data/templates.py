@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-
 from proxyv.cli import nearest
-from proxyv.data.template_table import TEMPLATES, Bos, Control, Message, Part, Template
+from proxyv.data.plain_text import plain_text_tokenizer
+from proxyv.data.template_table import IMAGE_MARK, TEMPLATES, Bos, Control, Message, Part, Template
 
 __all__ = [
     "IGNORE_INDEX",
@@ -45,8 +41,6 @@ __all__ = [
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
 
-IMAGE_MARK = "<image>"
-"""What stands for an image in the text of a message."""
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
@@ -208,8 +202,8 @@ class Renderer:
         self.image_token_id = (
             vocabulary.get(IMAGE_MARK) if image_token_id is None else image_token_id
         )
-        self._backend, self._dummy_space, self._numbers = _plain_text_backend(
-            backend, {*self.template.controls, *tokenizer.all_special_tokens}
+        self._backend, self._dummy_space, self._numbers = plain_text_tokenizer(
+            backend, {IMAGE_MARK, *self.template.controls, *tokenizer.all_special_tokens}
         )
 
     @property
@@ -359,54 +353,6 @@ def _image_first(text: str) -> str:
     if text.count(IMAGE_MARK) != 1 or text.startswith(IMAGE_MARK):
         return text
     return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
-
-
-_CONTROL_FORM = re.compile(r"<[|/]?[^<>\s]+>")
-"""How control tokens look; some vocabularies do not call all of theirs special."""
-
-
-def _plain_text_backend(
-    backend: Tokenizer, controls: Iterable[str]
-) -> tuple[Tokenizer, bool, dict[int, int]]:
-    """Make a tokenizer that sees no control tokens and adds no dummy space.
-
-    Returns:
-        The tokenizer, which shares the vocabulary of the original, and whether the original
-        prefixes a text with a (sentencepiece) dummy space. The renderer then puts that space
-        exactly where the reference has it: at the start of a row and after an image, but not after
-        a control token. Last, the real id of each added token that is no control token, by the id
-        that it has here.
-    """
-    light = Tokenizer(BPE())
-    if backend.normalizer is not None:
-        light.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        light.pre_tokenizer = backend.pre_tokenizer
-    state = json.loads(light.to_str())
-    dummy_space = False
-    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
-        if step["type"] == "Metaspace" and step["prepend_scheme"] != "never":
-            step["prepend_scheme"], dummy_space = "never", True
-    for step in _steps(state["normalizer"], "normalizers"):
-        if step["type"] == "Prepend":
-            step["prepend"], dummy_space = "", True
-    plain = Tokenizer.from_str(json.dumps(state))
-    plain.model = backend.model
-    hidden = {IMAGE_MARK, *controls}
-    numbers: dict[int, int] = {}
-    for number, token in sorted(backend.get_added_tokens_decoder().items()):
-        control = token.special or token.content in hidden or _CONTROL_FORM.fullmatch(token.content)
-        if not control:
-            plain.add_tokens([token])
-            numbers[plain.encode(token.content, add_special_tokens=False).ids[0]] = number
-    return plain, dummy_space, numbers
-
-
-def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a tokenizer component, whether it is one or a sequence."""
-    if step is None:
-        return []
-    return list(step[key]) if step["type"] == "Sequence" else [step]
 
 
 @functools.lru_cache(maxsize=8)
