@@ -93,8 +93,13 @@ class Chart:
         return self.number(self.values[series][category], short=not self.plan.values_shown)
 
 
-def draw_plan(rng: np.random.Generator) -> Plan:
-    """Draw kind, size and whether values are printed."""
+def draw_plan(rng: np.random.Generator, small: bool = False) -> Plan:
+    """Draw kind, size and whether values are printed; a small chart is one of few things."""
+    if small:
+        kinds: tuple[Kind, ...] = ("bar", "hbar", "line", "pie")
+        kind = kinds[int(rng.choice(4, p=(0.4, 0.25, 0.2, 0.15)))]
+        num_categories = 3 if kind == "pie" else int(rng.integers(2, 4))
+        return Plan(kind, num_categories, 1, bool(rng.random() < 0.75))
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
     num_categories, num_series, shown = int(rng.integers(3, 7)), 1, 0.63
     if kind == "grouped":

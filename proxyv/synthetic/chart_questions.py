@@ -13,6 +13,7 @@ from proxyv.synthetic.words import MONTHS
 __all__ = ["ask", "caption"]
 
 MAX_CAPTION = 150
+ATTEMPTS_PER_QUESTION = 50  # a chart of three bars does not have many different questions
 KIND_NAMES = {
     "bar": "Bar chart",
     "hbar": "Horizontal bar chart",
@@ -231,14 +232,16 @@ def _is_year(chart: Chart, question: Question) -> bool:
 
 
 def ask(chart: Chart, rng: np.random.Generator, count: int) -> list[Question]:
-    """Draw different questions about a chart."""
+    """Draw different questions about a chart: ``count`` of them, or as many as can be found."""
     asker = _Asker(chart, rng)
     makers: dict[str, Callable[[], Question | None]] = {
         kind: getattr(asker, kind) for kind in SHARES
     }
     kinds, shares = list(SHARES), np.asarray(list(SHARES.values()))
     found: dict[tuple[str, str, frozenset[str]], Question] = {}
-    while len(found) < count:
+    for _ in range(ATTEMPTS_PER_QUESTION * count):
+        if len(found) == count:
+            break
         question = makers[kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]]()
         if question is not None and not _is_year(chart, question):
             found.setdefault(_gist(chart, question), question)

@@ -47,7 +47,7 @@ def compose_chart(
         raise ValueError(
             f"size_hw {size_hw}: a chart needs at least {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels"
         )
-    words, plan = Words(rng, split), draw_plan(rng)
+    words, plan = Words(rng, split), draw_plan(rng, small)
     for _ in range(ATTEMPTS):
         style = draw_style(rng, split, size_hw)
         chart = draw_chart(plan, words, style, size_hw[1])
@@ -61,17 +61,25 @@ def compose_chart(
 
 
 def make_chart(
-    rng: np.random.Generator, split: Split, size_hw: tuple[int, int] = (168, 168)
+    rng: np.random.Generator,
+    split: Split,
+    size_hw: tuple[int, int] = (168, 168),
+    num_questions: tuple[int, int] = (3, 6),
+    *,
+    small: bool = False,
 ) -> Page:
-    """Draw a chart with a caption and 3 to 6 questions; the same ``rng`` state gives the same page.
+    """Draw a chart with a caption and questions; the same ``rng`` state gives the same page.
 
     Args:
         rng: source of randomness.
         split: the half of the small world; it decides words, fonts and looks.
         size_hw: height and width in pixels, 160 or more each.
+        num_questions: fewest and most questions to ask.
+        small: two or three categories and one series, to learn from first.
     """
-    chart, style, sheet = compose_chart(rng, split, size_hw)
-    questions = ask(chart, rng, int(rng.integers(3, 7)))
+    chart, style, sheet = compose_chart(rng, split, size_hw, small)
+    fewest, most = num_questions
+    questions = ask(chart, rng, int(rng.integers(fewest, most + 1)))
     return Page(
         image=sheet.render(),
         glyphs=sheet.glyphs(),

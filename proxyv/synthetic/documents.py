@@ -116,10 +116,11 @@ def make_text_page(
             text = makers[int(rng.integers(len(makers)))]()
             if rng.random() < 0.08:
                 text = text.upper()
-            if x + sheet.length(text, bold=True) > sheet.right:
+            bold = bool(rng.random() < 0.25)
+            if x + sheet.length(text, bold=bold) > sheet.right:
                 break
             colour = sheet.style.accent if rng.random() < 0.15 else None
-            x = sheet.write(text, x, y, bold=bool(rng.random() < 0.25), colour=colour)
+            x = sheet.write(text, x, y, bold=bold, colour=colour)
             x += float(rng.integers(4, 14))
         y += sheet.style.leading_px + float(rng.uniform(0, 3))
     return Page(sheet.image, sheet.glyphs, "\n".join(sheet.lines), [], "text/lines", split)

@@ -53,6 +53,7 @@ class Mix:
     text: float = 0.0
     documents: float = 0.5
     charts: float = 0.5
+    small_charts: float = 0.0
     chart_questions: tuple[int, int] = (3, 6)
 
 
@@ -61,12 +62,12 @@ def draw_page(
 ) -> Page:
     """The page of a seed, worn as by a scanner; the same seed always gives the same page."""
     rng = np.random.default_rng(seed)
-    shares = np.array([mix.text, mix.documents, mix.charts])
-    kind = int(rng.choice(3, p=shares / shares.sum()))
-    if kind == 2:
-        page = make_chart(rng, split, size_hw, mix.chart_questions)
-    else:
+    shares = np.array([mix.text, mix.documents, mix.charts, mix.small_charts])
+    kind = int(rng.choice(len(shares), p=shares / shares.sum()))
+    if kind < 2:
         page = (make_text_page, make_document)[kind](rng, split, size_hw)
+    else:
+        page = make_chart(rng, split, size_hw, mix.chart_questions, small=kind == 3)
     return degrade(page, rng)
 
 

@@ -30,7 +30,7 @@ from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
-READ_SHARE = 0.3  # of the pages are copied in whole, the others asked about
+READ_SHARE = 0.25  # of the pages are copied in whole, the others asked about
 PAGE_HW = (168, 168)
 STRIP_HW = (56, 168)  # the first steps read pages of a few lines: finding and copying come sooner
 PATCH_PX = 14
@@ -75,7 +75,7 @@ class LanguageSettings:
     init: Path | None = None
     turns: int = 8
     noise: float = 0.04  # what a tower's features leave in doubt, beside embeddings of 0.15 RMS
-    mix: Mix = field(default_factory=lambda: Mix(text=0.1, documents=0.4, charts=0.5))
+    mix: Mix = field(default_factory=lambda: Mix(0.05, 0.3, 0.35, 0.3, (6, 10)))
     strip_mix: Mix = field(default_factory=lambda: Mix(text=0.25, documents=0.75, charts=0.0))
 
 
@@ -100,7 +100,11 @@ class GridReader(Trainee):
         self._waiting: dict[tuple[int, int], list[Batch]] = {size_hw: [] for size_hw in rings}
         self.held = {
             kind: list(held_out(settings.held, 900 + settings.seed, "test", mix, PAGE_HW))
-            for kind, mix in {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}.items()
+            for kind, mix in {
+                "documents": Mix(0, 1, 0),
+                "charts": Mix(0, 0, 1),
+                "small_charts": Mix(0, 0, 0, 1),
+            }.items()
         }
 
     def _conversation(self, page: Page, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -172,10 +176,10 @@ class GridReader(Trainee):
             page = self.embed_page(torch.from_numpy(slots), to_tensor(pixels), first_row)
             page = page + settings.noise * torch.randn_like(page)
             logits = self.logits(page, ids)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
-        )
         said = labels != IGNORE_INDEX
+        losses = F.cross_entropy(logits[said].float(), labels[said], reduction="none")
+        weights = answer_weights(labels)[said]
+        loss = (weights * losses).sum() / weights.sum()
         right = (logits.argmax(-1) == labels)[said].float().mean().item()
         return loss, {"right": right}
 
@@ -202,6 +206,19 @@ class GridReader(Trainee):
             scores[f"{kind}_characters"] = hits / total
             scores[f"{kind}_answers"] = whole / answers
         return scores
+
+
+def answer_weights(labels: Tensor) -> Tensor:
+    """Weight of each supervised token, (B, S): 1 / sqrt(tokens of its answer).
+
+    Else a page copied in whole would count as much as fifty answers of one word.
+    """
+    weights = torch.zeros(labels.shape)
+    for row, said in enumerate((labels != IGNORE_INDEX).numpy()):
+        edges = np.flatnonzero(np.diff(said.astype(np.int8), prepend=0, append=0))
+        for start, stop in edges.reshape(-1, 2):
+            weights[row, start:stop] = (stop - start) ** -0.5
+    return weights
 
 
 def train_language(settings: LanguageSettings) -> None:
