@@ -36,7 +36,7 @@ def chartqa_type(question: Question) -> str:
 
 
 def compose_chart(
-    rng: np.random.Generator, split: Split, size_hw: tuple[int, int]
+    rng: np.random.Generator, split: Split, size_hw: tuple[int, int], small: bool = False
 ) -> tuple[Chart, Style, Sheet]:
     """Draw content and look until every text fits on the page and none touches another.
 
