@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
 
-__all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "PACKINGS", "PROXY_KINDS", "ProxyVConfig"]
+__all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "OPTIONS", "PACKINGS", "PROXY_KINDS", "ProxyVConfig"]
 
 PROXY_KINDS = ("spatial", "learned")
 DOWNSAMPLE_MODES = ("bilinear", "average")
@@ -176,3 +176,16 @@ def _is_int(value: object) -> bool:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
+
+
+OPTIONS = (
+    "start_layer",
+    "side_reduction",
+    "proxy_kind",
+    "learned_proxies",
+    "downsample",
+    "layout",
+    "guided_ratio",
+    "packing",
+)
+"""The fields that ``ProxyVConfig`` adds to LLaVA-NeXT's."""

@@ -7,7 +7,8 @@ import torch
 from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
 
 from proxyv import ProxyVForConditionalGeneration
-from proxyv.model.checkpoints import from_released, load_released, released_config, to_released
+from proxyv.model.checkpoints import from_released, load_released, to_released
+from proxyv.model.released import released_config
 
 
 @pytest.mark.parametrize("start_layer", [None, 0, 2])

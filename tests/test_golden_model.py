@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from proxyv import ProxyVForConditionalGeneration
-from proxyv.model.checkpoints import from_released, load_released, released_config, to_released
+from proxyv.model.checkpoints import from_released, load_released, to_released
+from proxyv.model.released import released_config
 
 pytestmark = pytest.mark.golden
 

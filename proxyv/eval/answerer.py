@@ -17,6 +17,7 @@ from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, Renderer
 from proxyv.eval.hub import hub_reachable
+from proxyv.model.released import is_release
 
 __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
 
@@ -180,12 +181,15 @@ class Answerer:
 def _load_weights(name: str, dtype: torch.dtype, attention: str) -> Any:
     """Load the model; weights that do not fit the configuration exactly are refused."""
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = ProxyVConfig.model_type
+        if not is_release(name):
+            kind = AutoConfig.from_pretrained(name).model_type
     except StrictDataclassError as error:
         raise CommandError(f"--model {name}: invalid config.json ({error})") from error
     if kind != ProxyVConfig.model_type:
         raise CommandError(
             f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}"
+            " or an authors' release (see python -m proxyv.convert)"
         )
     try:
         model, report = ProxyVForConditionalGeneration.from_pretrained(

@@ -1,4 +1,4 @@
-"""The released checkpoints' names and configuration, to ours and back.
+"""The released checkpoints' names, to ours and back.
 
 The released layout is LLaVA's: one flat ``model.`` with the language model at the top, the
 projector as ``mm_projector``, and one ``vision_mlp_layers.k`` for decoder layer start + k. The two
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
 
 from proxyv.config import ProxyVConfig
 
-__all__ = ["from_released", "load_released", "released_config", "to_released"]
+__all__ = ["check_variant", "from_released", "load_exactly", "load_released", "to_released"]
 
 _RENAMES = (
     (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -132,8 +130,7 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             unexpected or differently shaped tensors, all named.
     """
     config: ProxyVConfig = model.config  # type: ignore[assignment]
-    _check_start_layer(state, config)
-    _check_proxy_kind(state, config)
+    check_variant(state, config)
     loaded = from_released(state, config.start_layer)
     own = model.state_dict()
     if any(name.startswith("model.vision_tower.vision_model.") for name in own):
@@ -144,6 +141,20 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         del loaded[name]
     if config.tie_word_embeddings and "lm_head.weight" not in loaded:
         loaded["lm_head.weight"] = loaded["model.language_model.embed_tokens.weight"]
+    load_exactly(model, loaded, own)
+
+
+def load_exactly(model: nn.Module, loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Load tensors that must be exactly the given ones of the model, or nothing.
+
+    Args:
+        model: the model.
+        loaded: tensors under the model's names.
+        own: the model's tensors that are to be loaded.
+
+    Raises:
+        ValueError: missing, unexpected or differently shaped tensors, all named.
+    """
     faults = {
         "missing": sorted(own.keys() - loaded.keys()),
         "unexpected": sorted(loaded.keys() - own.keys()),
@@ -158,71 +169,21 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError("the checkpoint does not fit the model; tensors " + "; ".join(problems))
-    model.load_state_dict(loaded)
+    model.load_state_dict(loaded, strict=False)
 
 
-def released_config(
-    raw: Mapping[str, Any],
-    vision_config: Mapping[str, Any] | PreTrainedConfig,
-    *,
-    family: str | None = None,
-    image_token_index: int | None = None,
-) -> ProxyVConfig:
-    """Our configuration from the ``config.json`` of a released checkpoint.
+def check_variant(state: Mapping[str, Tensor], config: ProxyVConfig) -> None:
+    """Refuse a checkpoint of another start layer or another kind of proxies.
 
     Args:
-        raw: its contents.
-        vision_config: configuration of the CLIP vision tower, which ``raw`` only names.
-        family: model type of the language model; by default what ``raw`` was released as.
-        image_token_index: id that stands for image rows; by default the first id behind the
-            vocabulary.
-
-    Returns:
-        The configuration, in the released layout.
+        state: tensors under the released names.
+        config: of the model that they are meant for.
 
     Raises:
-        ValueError: a released option that this model does not have.
+        ValueError: saying what the checkpoint is, and what the model is.
     """
-    if family is None:
-        released_as = raw.get("model_type")
-        if released_as not in _FAMILIES:
-            raise ValueError(
-                f"model_type={released_as!r} is not that of a released checkpoint: use one of "
-                f"{', '.join(_FAMILIES)}, or name the family of the language model"
-            )
-        family = _FAMILIES[released_as]
-    text_config = AutoConfig.for_model(family)
-    known = set(text_config.to_dict()) | {"rope_theta", "rope_scaling"}
-    text = {k: v for k, v in raw.items() if k in known and k not in _NOT_TEXT}
-    if not isinstance(vision_config, PreTrainedConfig):
-        vision_config = {"model_type": "clip_vision_model", **vision_config}
-    pinpoints = raw.get("image_grid_pinpoints")
-    options: dict[str, Any] = {}
-    if pinpoints is not None:
-        options["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
-    reduction = raw.get("proxyv_reduce_factor", 4)
-    if raw.get("learn_proxy"):
-        options["proxy_kind"] = "learned"
-        if raw.get("per_crop_token_len") is not None:
-            options["learned_proxies"] = raw["per_crop_token_len"] // reduction**2
-    return ProxyVConfig(
-        vision_config=vision_config,
-        text_config={**text, "model_type": family},
-        image_token_index=raw["vocab_size"] if image_token_index is None else image_token_index,
-        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=(
-            "default" if raw.get("mm_vision_select_feature", "patch") == "patch" else "full"
-        ),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        start_layer=raw["proxyv_start_layer"] if raw.get("proxyv") else None,
-        side_reduction=reduction,
-        layout="released",
-        **options,
-    )
-
-
-_FAMILIES = {"llava_llama": "llama", "llava_phi": "phi3", "llava_qwen": "qwen2"}
-_NOT_TEXT = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+    _check_start_layer(state, config)
+    _check_proxy_kind(state, config)
 
 
 def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:

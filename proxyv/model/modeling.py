@@ -31,14 +31,16 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.utils import can_return_tuple
 
-from proxyv.config import ProxyVConfig
+from proxyv.config import OPTIONS, ProxyVConfig
 from proxyv.model.backbones import adopt, materialise
+from proxyv.model.card import ModelCardMixin
 from proxyv.model.crops import image_grids
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.generation import ImageGenerationMixin
 from proxyv.model.head import LanguageHead, supervised_rows
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
+from proxyv.model.released import is_release, read_release
 from proxyv.model.vision import ImageFeaturesMixin
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
@@ -225,7 +227,9 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds
 
 
-class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForConditionalGeneration):
+class ProxyVForConditionalGeneration(  # type: ignore[misc]
+    ModelCardMixin, ImageGenerationMixin, LlavaNextForConditionalGeneration
+):
     """ProxyV with its language-model head: training loss and generation.
 
     Args:
@@ -245,9 +249,28 @@ class ProxyVForConditionalGeneration(ImageGenerationMixin, LlavaNextForCondition
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as every transformers model is loaded, then freeze what nothing reads."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model as every transformers model is loaded, then freeze what nothing reads.
+
+        The authors' releases load too, by folder or hub id, as ``layout: released``.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id; None where ``config`` and
+                ``state_dict`` are given.
+            *args: passed on.
+            **kwargs: passed on; fields of ``ProxyVConfig`` set the configuration.
+
+        Raises:
+            ValueError: fields that contradict the weights of a release, such as its start layer.
+        """
+        name = pretrained_model_name_or_path
+        if name is not None and "gguf_file" not in kwargs and is_release(name, **kwargs):
+            fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
+            kwargs["config"], kwargs["state_dict"] = read_release(name, fields, **kwargs)
+            name = None
+        loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_unused()
         return loaded

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, LlavaNextProcessor
-from transformers.image_utils import SizeDict, load_image
+from transformers.image_utils import SizeDict
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -31,6 +32,8 @@ from proxyv.model.crops import (
     num_unpadded_tokens,
     pooled_side,
 )
+from proxyv.model.images import flatten_images, flatten_videos, stack_crops, to_rgb
+from proxyv.model.released import is_release, release_parts
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -43,32 +46,6 @@ __all__ = [
 
 VIDEO_MARK = "<video>"
 """What stands for a video in a text; unlike the image token it never reaches the tokenizer."""
-
-
-def to_rgb(image: Any) -> Image.Image:
-    """Open an image (PIL image, array, path or address) upright and in RGB.
-
-    Rotation marks are followed, transparent parts become white, 16 bits are scaled to 8, and an
-    animation gives its first frame. A plain RGB image stays as it is.
-    """
-    if isinstance(image, np.ndarray | torch.Tensor):
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
-            array = array.transpose(1, 2, 0)
-        image = Image.fromarray(array.squeeze().astype(np.uint8))
-    elif not isinstance(image, Image.Image):
-        image = load_image(str(image))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; converting would clip them to white
-        deep = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(
-            (deep / 257 if deep.max(initial=0) > 255 else deep).astype(np.uint8)
-        )
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")
 
 
 class ProxyVProcessor(LlavaNextProcessor):
@@ -145,6 +122,19 @@ class ProxyVProcessor(LlavaNextProcessor):
                 f"patch_size={patch_size} does not divide the crop size of {self.crop_px} pixels"
             )
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> ProxyVProcessor:
+        """Load a processor as every transformers processor is loaded.
+
+        That of an authors' release, which has none, is made from its configuration.
+        """
+        name = pretrained_model_name_or_path
+        if cls is ProxyVProcessor and _holds_release(name, kwargs):
+            return cls(**release_parts(name, **kwargs))
+        return super().from_pretrained(name, *args, **kwargs)
+
     @property
     def crop_px(self) -> int:
         """Side of a crop in pixels."""
@@ -208,10 +198,10 @@ class ProxyVProcessor(LlavaNextProcessor):
             ``pixel_values`` (images, C_max, 3, height, width) float32, padded with zero crops;
             ``num_crops`` (images,); ``image_sizes`` (images, 2) height and width before cutting.
         """
-        opened = [to_rgb(image) for image in _flatten(images)]
+        opened = [to_rgb(image) for image in flatten_images(images)]
         if not opened:
             raise ValueError("images is an empty list: give at least one image, or None")
-        return _stack([self._cut(image, image_aspect_ratio) for image in opened])
+        return stack_crops([self._cut(image, image_aspect_ratio) for image in opened])
 
     def media_inputs(
         self,
@@ -232,7 +222,7 @@ class ProxyVProcessor(LlavaNextProcessor):
         Returns:
             As ``image_inputs``, and ``pool_sizes`` (images,).
         """
-        pictures, clips = [] if images is None else _flatten(images), _flatten_videos(videos)
+        pictures, clips = [] if images is None else flatten_images(images), flatten_videos(videos)
         marks = [mark for text in texts for mark in self._marks().findall(text)]
         kinds = {self.image_token: (pictures, "images"), VIDEO_MARK: (clips, "videos")}
         for mark, (given, what) in kinds.items():
@@ -250,7 +240,7 @@ class ProxyVProcessor(LlavaNextProcessor):
             else:
                 cuts.append(self._cut(to_rgb(medium), image_aspect_ratio))
             pools.append(self.video_pool if mark == VIDEO_MARK else 1)
-        return {**_stack(cuts), "pool_sizes": torch.tensor(pools)}
+        return {**stack_crops(cuts), "pool_sizes": torch.tensor(pools)}
 
     def _cut(self, image: Image.Image, ratio: str | None) -> tuple[np.ndarray, tuple[int, int]]:
         """Crops (C, 3, height, width) of an image, and its height and width."""
@@ -380,40 +370,8 @@ def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
 
 
-def _stack(cuts: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> dict[str, Any]:
-    """Stack the crops of several images, padded with zero crops."""
-    most = max(len(crops) for crops, _ in cuts)
-    pixel_values = torch.zeros(len(cuts), most, *cuts[0][0].shape[1:])
-    for target, (crops, _) in zip(pixel_values, cuts, strict=True):
-        target[: len(crops)] = torch.from_numpy(crops)
-    return {
-        "pixel_values": pixel_values,
-        "num_crops": torch.tensor([len(crops) for crops, _ in cuts]),
-        "image_sizes": torch.tensor([size for _, size in cuts]),
-    }
-
-
-def _flatten(images: Any) -> list[Any]:
-    """A flat list of images from one image or nested lists of images."""
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for entry in images for image in _flatten(entry)]
-
-
-def _flatten_videos(videos: Any) -> list[Sequence[Any]]:
-    """A flat list of videos from nested lists of them.
-
-    Raises:
-        ValueError: something that is no video.
-    """
-    if getattr(videos, "ndim", 0) == 4:
-        return [videos]
-    if not isinstance(videos, list | tuple):
-        raise ValueError(
-            f"a video is a {type(videos).__name__}: give a list of frames, or an array (frames, "
-            "height, width, 3)"
-        )
-    is_frame = [not isinstance(e, list | tuple) and getattr(e, "ndim", 0) < 4 for e in videos]
-    if videos and all(is_frame):
-        return [videos]
-    return [video for entry in videos for video in _flatten_videos(entry)]
+def _holds_release(name: Any, options: Mapping[str, Any]) -> bool:
+    """Whether there is a release; a folder of a processor alone has no ``config.json``."""
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        return False
+    return is_release(name, **options)

@@ -1,0 +1,78 @@
+"""Opening images of every kind, and flat lists of images and videos from nested ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+
+__all__ = ["flatten_images", "flatten_videos", "stack_crops", "to_rgb"]
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Open an image (PIL image, array, path or address) upright and in RGB.
+
+    Rotation marks are followed, transparent parts become white, 16 bits are scaled to 8, and an
+    animation gives its first frame. A plain RGB image stays as it is.
+    """
+    if isinstance(image, np.ndarray | torch.Tensor):
+        array = np.asarray(image)
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        image = Image.fromarray(array.squeeze().astype(np.uint8))
+    elif not isinstance(image, Image.Image):
+        image = load_image(str(image))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; converting would clip them to white
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(
+            (deep / 257 if deep.max(initial=0) > 255 else deep).astype(np.uint8)
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
+
+
+def stack_crops(cuts: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> dict[str, Any]:
+    """Stack the crops of several images, padded with zero crops."""
+    most = max(len(crops) for crops, _ in cuts)
+    pixel_values = torch.zeros(len(cuts), most, *cuts[0][0].shape[1:])
+    for target, (crops, _) in zip(pixel_values, cuts, strict=True):
+        target[: len(crops)] = torch.from_numpy(crops)
+    return {
+        "pixel_values": pixel_values,
+        "num_crops": torch.tensor([len(crops) for crops, _ in cuts]),
+        "image_sizes": torch.tensor([size for _, size in cuts]),
+    }
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """A flat list of images from one image or nested lists of images."""
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for entry in images for image in flatten_images(entry)]
+
+
+def flatten_videos(videos: Any) -> list[Sequence[Any]]:
+    """A flat list of videos from nested lists of them.
+
+    Raises:
+        ValueError: something that is no video.
+    """
+    if getattr(videos, "ndim", 0) == 4:
+        return [videos]
+    if not isinstance(videos, list | tuple):
+        raise ValueError(
+            f"a video is a {type(videos).__name__}: give a list of frames, or an array (frames, "
+            "height, width, 3)"
+        )
+    is_frame = [not isinstance(e, list | tuple) and getattr(e, "ndim", 0) < 4 for e in videos]
+    if videos and all(is_frame):
+        return [videos]
+    return [video for entry in videos for video in flatten_videos(entry)]

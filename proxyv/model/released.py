@@ -1,0 +1,325 @@
+"""The authors' released checkpoints as folders: configuration, weights and tokenizer.
+
+A release is a LLaVA folder: a flat ``config.json`` of type ``llava_llama``, ``llava_qwen`` or
+``llava_phi`` that only names the vision tower, weights under LLaVA's names, a tokenizer without an
+image token, and no image processor. It is read as ``layout: released``, because it was trained so.
+
+Source: released checkpoints and the authors' training code (``config.json`` keys).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaNextConfig,
+    PreTrainedConfig,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from proxyv.config import ProxyVConfig
+from proxyv.model.checkpoints import check_variant, from_released
+
+__all__ = [
+    "is_release",
+    "read_release",
+    "read_tokenizer",
+    "read_weights",
+    "release_folder",
+    "release_parts",
+    "released_config",
+    "to_released_config",
+]
+
+_FAMILIES = {"llava_llama": "llama", "llava_phi": "phi3", "llava_qwen": "qwen2"}
+_CLASSES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "phi3": "LlavaPhiForCausalLM",
+    "qwen2": "LlavaQwenForCausalLM",
+}
+_NOT_TEXT = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
+_CLIP_L_336 = "clip-vit-large-patch14-336"
+
+
+def is_release(name: str | Path, **hub_options: Any) -> bool:
+    """Whether a folder or hub id holds a released checkpoint, by the type in its ``config.json``.
+
+    Raises:
+        OSError: there is no such folder or model.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(name, **_hub(hub_options))
+    return raw.get("model_type") in _FAMILIES
+
+
+def release_folder(name: str | Path, **hub_options: Any) -> Path:
+    """The folder of a release, downloaded from the hub where ``name`` is no folder."""
+    if Path(name).is_dir():
+        return Path(name)
+    options: Any = _hub(hub_options)
+    return Path(snapshot_download(str(name), allow_patterns=list(_FILES), **options))
+
+
+def read_release(
+    name: str | Path, overrides: Mapping[str, Any] | None = None, **hub_options: Any
+) -> tuple[ProxyVConfig, dict[str, Tensor]]:
+    """Configuration and weights of a release, under our names.
+
+    Args:
+        name: folder or hub id.
+        overrides: fields of ``ProxyVConfig`` to set otherwise than the release has them.
+        **hub_options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+
+    Raises:
+        ValueError: an override that the weights contradict (start layer, kind of proxies), or a
+            release that is not complete.
+    """
+    folder = release_folder(name, **hub_options)
+    raw = json.loads((folder / "config.json").read_text())
+    vision = _vision_config(raw)
+    config = released_config(raw, vision, image_token_index=_image_token_id(folder))
+    for option, value in (overrides or {}).items():
+        setattr(config, option, value)
+    config.check_options()
+    state = read_weights(folder)
+    check_variant(state, config)
+    loaded = from_released(state, config.start_layer)
+    if not any(key.startswith("model.vision_tower.") for key in loaded):
+        tower = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"])
+        loaded |= {f"model.vision_tower.{key}": t for key, t in tower.state_dict().items()}
+    loaded = {key: t for key, t in loaded.items() if not key.endswith(".position_ids")}
+    if config.tie_word_embeddings:
+        loaded.setdefault("lm_head.weight", loaded["model.language_model.embed_tokens.weight"])
+    return config, loaded
+
+
+def release_parts(name: str | Path, **hub_options: Any) -> dict[str, Any]:
+    """What a ``ProxyVProcessor`` of a release is made of: its arguments."""
+    folder = release_folder(name, **hub_options)
+    raw = json.loads((folder / "config.json").read_text())
+    vision = _vision_config(raw)
+    config: Any = released_config(raw, vision)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": vision.image_size},
+        crop_size={"height": vision.image_size, "width": vision.image_size},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    ratio = raw.get("image_aspect_ratio", "anyres")
+    return {
+        "image_processor": images,
+        "tokenizer": read_tokenizer(folder),
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "image_aspect_ratio": "anyres" if ratio.startswith("anyres") else ratio,
+    }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from ``.safetensors`` or ``pytorch_model*.bin`` files.
+
+    Raises:
+        ValueError: the folder holds neither.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{folder} holds no weights: expected .safetensors or pytorch_model*.bin")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            state |= load_file(file)
+        else:
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    return state
+
+
+def read_tokenizer(folder: str | Path, image_token: str = "<image>") -> Any:
+    """The tokenizer of a folder, with an image token and the name of its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    if image_token not in vocabulary:
+        tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)])
+    for token, template in _TEMPLATES.items():
+        if token in vocabulary:
+            tokenizer.init_kwargs.setdefault("proxyv_template", template)
+            break
+    return tokenizer
+
+
+_TEMPLATES = {  # what a vocabulary has, and the template that releases of it were trained with
+    "<|start_header_id|>": "llama3",
+    "<|im_start|>": "qwen",
+    "<|end|>": "phi3",
+    "</s>": "v1",
+}
+
+
+def released_config(
+    raw: Mapping[str, Any],
+    vision_config: Mapping[str, Any] | PreTrainedConfig,
+    *,
+    family: str | None = None,
+    image_token_index: int | None = None,
+) -> ProxyVConfig:
+    """Our configuration from the ``config.json`` of a released checkpoint.
+
+    Args:
+        raw: its contents.
+        vision_config: configuration of the CLIP vision tower, which ``raw`` only names.
+        family: model type of the language model; by default what ``raw`` was released as.
+        image_token_index: id that stands for image rows; by default the first id behind the
+            vocabulary.
+
+    Returns:
+        The configuration, in the released layout.
+
+    Raises:
+        ValueError: a released option that this model does not have.
+    """
+    if family is None:
+        released_as = raw.get("model_type")
+        if released_as not in _FAMILIES:
+            raise ValueError(
+                f"model_type={released_as!r} is not that of a released checkpoint: use one of "
+                f"{', '.join(_FAMILIES)}, or name the family of the language model"
+            )
+        family = _FAMILIES[released_as]
+    text_config = AutoConfig.for_model(family)
+    known = set(text_config.to_dict()) | {"rope_theta", "rope_scaling"}
+    text = {k: v for k, v in raw.items() if k in known and k not in _NOT_TEXT}
+    if family == "phi3":  # a cache of image rows is longer than its window, see ProxyVConfig
+        text["sliding_window"] = None
+    if not isinstance(vision_config, PreTrainedConfig):
+        vision_config = {"model_type": "clip_vision_model", **vision_config}
+    pinpoints = raw.get("image_grid_pinpoints")
+    options: dict[str, Any] = dict(raw.get("proxyv_options", {}))
+    if pinpoints is not None:
+        options["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
+    reduction = raw.get("proxyv_reduce_factor", 4)
+    if raw.get("learn_proxy"):
+        options["proxy_kind"] = "learned"
+        if raw.get("per_crop_token_len") is not None:
+            options.setdefault("learned_proxies", raw["per_crop_token_len"] // reduction**2)
+    return ProxyVConfig(
+        vision_config=vision_config,
+        text_config={**text, "model_type": family},
+        image_token_index=raw["vocab_size"] if image_token_index is None else image_token_index,
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=(
+            "default" if raw.get("mm_vision_select_feature", "patch") == "patch" else "full"
+        ),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        start_layer=raw["proxyv_start_layer"] if raw.get("proxyv") else None,
+        side_reduction=reduction,
+        **{"layout": "released", **options},
+    )
+
+
+def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
+    """A ``config.json`` in the released form; the inverse of ``released_config``.
+
+    Args:
+        config: ours.
+
+    Returns:
+        The keys that the authors' code reads, CLIP-L/14-336 named as the tower. What it cannot
+        express (natural positions, average downsampling, another guided width, another tower)
+        stands under ``proxyv_options`` and ``proxyv_vision_config``, which only we read.
+
+    Raises:
+        ValueError: a family or a packing that the authors' code does not have.
+    """
+    text = config.text_config
+    if text.model_type not in _CLASSES or config.packing != "crops":
+        raise ValueError(
+            f"text_config.model_type={text.model_type!r} with packing={config.packing!r} has no "
+            f"released form: the authors' code has {', '.join(_CLASSES)}, with packing 'crops'"
+        )
+    released_as = next(name for name, family in _FAMILIES.items() if family == text.model_type)
+    pinpoints: Any = config.image_grid_pinpoints
+    crop_px = config.vision_config.image_size
+    theirs = {
+        "layout": "released",
+        "downsample": "bilinear",
+        "guided_ratio": None,
+        "learned_proxies": None,
+    }
+    options = {
+        name: getattr(config, name)
+        for name, value in theirs.items()
+        if getattr(config, name) != value
+    }
+    tower = config.vision_config.to_dict()
+    rope = dict(text.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    return {
+        **{k: v for k, v in text.to_dict().items() if k not in (*_NOT_TEXT, "rope_parameters")},
+        "rope_theta": theta,
+        **({} if kind == "default" and len(rope) == 1 else {"rope_scaling": rope}),
+        "model_type": released_as,
+        "architectures": [_CLASSES[text.model_type]],
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "mm_vision_tower": f"openai/{_CLIP_L_336}",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": (
+            "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
+        ),
+        "mm_patch_merge_type": "flat",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
+        "image_token_len_per_side": config.side,
+        "per_crop_token_len": config.side**2,
+        "max_num_image_crops": max(h * w for h, w in pinpoints) // crop_px**2 + 1,
+        "proxyv": config.start_layer is not None,
+        "proxyv_start_layer": config.start_layer or 0,
+        "proxyv_reduce_factor": config.side_reduction,
+        "learn_proxy": config.proxy_kind == "learned",
+        **({"proxyv_options": options} if options else {}),
+        **({} if _is_clip_l_336(config.vision_config) else {"proxyv_vision_config": tower}),
+    }
+
+
+def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+
+
+def _image_token_id(folder: Path) -> int | None:
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    tokenizer = read_tokenizer(folder)
+    return tokenizer.convert_tokens_to_ids("<image>")
+
+
+def _vision_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Configuration of the tower that a release names; CLIP-L/14-336 is known without the hub."""
+    if "proxyv_vision_config" in raw:
+        return CLIPVisionConfig.from_dict(raw["proxyv_vision_config"])
+    name = str(raw.get("mm_vision_tower") or "")
+    if Path(name).name == _CLIP_L_336 and not Path(name).is_dir():
+        known: Any = LlavaNextConfig().vision_config  # the same tower, as LLaVA-NeXT's default
+        return known
+    if not name:
+        raise ValueError("config.json names no mm_vision_tower, so no release can be read from it")
+    return CLIPVisionConfig.from_pretrained(name)
+
+
+def _is_clip_l_336(vision: PreTrainedConfig) -> bool:
+    known: Any = LlavaNextConfig().vision_config
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+    return all(getattr(vision, size) == getattr(known, size) for size in sizes)

@@ -1,0 +1,121 @@
+"""Stage-1 adapter files: what stage 1 trains, in one small file.
+
+Two forms: ours, a ``.safetensors`` file under our names, and the authors' ``mm_projector.bin``
+under theirs. Both hold projector, newline and ProxyV modules; which layers those belong to is
+checked when one is read, never guessed.
+
+Source: authors' training code, ``mm_projector.bin`` at the end of stage 1. Differs: another start
+    layer, or a file without ProxyV modules, is an error; theirs load what fits, silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from proxyv.model.checkpoints import check_variant, from_released, load_exactly, to_released
+
+__all__ = ["load_stage1", "read_stage1", "save_stage1", "write_stage1"]
+
+_OURS = re.compile(r"\.(multi_modal_projector|guided_update|proxy_initializer)\.|\.image_newline$")
+_THEIRS = re.compile(r"model\.vision_mlp_layers\.\d+\.")
+_LAYER = re.compile(r"\.layers\.(\d+)\.(?:guided_update|proxy_initializer)\.")
+
+
+def save_stage1(model: nn.Module, path: str | Path) -> None:
+    """Write what stage 1 trains; the form follows from the suffix, see ``write_stage1``.
+
+    Args:
+        model: a ``ProxyVForConditionalGeneration``.
+        path: file to write, ``.safetensors`` or ``.bin``.
+    """
+    config: Any = model.config
+    write_stage1(_stage1_part(model), path, config.start_layer)
+
+
+def load_stage1(model: nn.Module, path: str | Path) -> None:
+    """Load a stage-1 file of either form into a model, all of it or nothing.
+
+    Args:
+        model: a ``ProxyVForConditionalGeneration`` on any device but meta.
+        path: ``.safetensors`` or ``.bin`` file.
+
+    Raises:
+        ValueError: another start layer, another kind of proxies, or tensors that do not fit.
+    """
+    config: Any = model.config
+    state = read_stage1(path, config.start_layer)
+    check_variant(to_released(state, config.start_layer), config)
+    load_exactly(model, state, _stage1_part(model))
+
+
+def read_stage1(path: str | Path, start_layer: int | None) -> dict[str, Tensor]:
+    """Read a stage-1 file of either form, under our names.
+
+    Args:
+        path: ``.safetensors`` or ``.bin`` file.
+        start_layer: layer that the first guided update belongs to; a file under the authors'
+            names does not say it. None for a baseline.
+
+    Raises:
+        ValueError: another start layer than the file's, or no stage-1 file.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    elif path.suffix == ".bin":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{path}: expected a .safetensors or a .bin file")
+    if any(name.startswith("model.mm_projector.") for name in state):
+        updates = len({m[0] for m in map(_THEIRS.match, state) if m})
+        if bool(updates) != (start_layer is not None):
+            raise ValueError(
+                f"{path} holds {updates} guided updates, but start_layer="
+                f"{'null' if start_layer is None else start_layer}: "
+                + ("name the layer of the first" if updates else "it is a baseline's, use null")
+            )
+        return from_released(state, start_layer)
+    layers = sorted({int(match[1]) for match in map(_LAYER.search, state) if match})
+    found = layers[0] if layers else None
+    if not any("multi_modal_projector" in name for name in state):
+        raise ValueError(f"{path} is no stage-1 file: it holds no projector")
+    if found != start_layer:
+        raise ValueError(
+            f"{path} was trained with start_layer={found}, but the model has "
+            f"start_layer={start_layer}: build the model with start_layer="
+            f"{'null' if found is None else found}"
+        )
+    return state
+
+
+def write_stage1(state: Mapping[str, Tensor], path: str | Path, start_layer: int | None) -> None:
+    """Write a stage-1 file: ``.safetensors`` under our names, ``.bin`` under the authors'.
+
+    Args:
+        state: tensors under our names.
+        path: file to write.
+        start_layer: layer that the first guided update belongs to; None for a baseline.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, path, metadata={"format": "pt", "start_layer": str(start_layer)})
+    elif path.suffix == ".bin":
+        torch.save(to_released(state, start_layer), path)
+    else:
+        raise ValueError(f"{path}: the name must end in .safetensors (ours) or .bin (the authors')")
+
+
+def _stage1_part(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors that stage 1 trains."""
+    return {name: t for name, t in model.state_dict().items() if _OURS.search(name)}

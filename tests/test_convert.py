@@ -1,0 +1,347 @@
+"""Folders and files of other forms, there and back, by the command and by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_model import character_tokenizer, save_small_model
+from tiny_models import tiny_model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
+from proxyv.cli import run_command
+from proxyv.convert import main
+from proxyv.model.card import model_card
+from proxyv.model.crops import num_unpadded_tokens
+from proxyv.model.released import is_release, read_weights
+from proxyv.model.stage1 import load_stage1, save_stage1
+
+PX, PATCH = 32, 8
+PINPOINTS = [[PX, 2 * PX], [2 * PX, PX], [2 * PX, 2 * PX], [PX, 3 * PX]]
+SIZES = [(40, 60), (60, 40), (32, 32), (9, 90), (120, 31), (57, 29), (200, 200), (1, 500)]
+
+
+def convert(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return read_weights(folder)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("ours") / "model", start_layer=1)
+
+
+@pytest.fixture(scope="module")
+def theirs(ours) -> Path:
+    convert(ours, ours.parent / "theirs")
+    return ours.parent / "theirs"
+
+
+@pytest.fixture(scope="module")
+def inputs(ours):
+    processor = ProxyVProcessor.from_pretrained(ours)
+    image = Image.effect_noise((50, 70), 90).convert("RGB")
+    return processor(images=image, text="<s><|user|><image>hi<|assistant|>", return_tensors="pt")
+
+
+def test_round_trip_is_bit_equal(ours, theirs, tmp_path, inputs) -> None:
+    assert any(name.startswith("model.vision_mlp_layers.1.") for name in tensors(theirs))
+    raw = json.loads((theirs / "config.json").read_text())
+    assert (raw["model_type"], raw["proxyv"], raw["proxyv_start_layer"]) == ("llava_llama", True, 1)
+    assert raw["proxyv_options"] == {"layout": "natural"}
+    convert(theirs, tmp_path / "back", "--template", "tiny")
+    assert_same(tensors(ours), tensors(tmp_path / "back"))
+    first, second = (ProxyVConfig.from_pretrained(folder) for folder in (ours, tmp_path / "back"))
+    for name in ("start_layer", "layout", "side_reduction", "image_grid_pinpoints", "side"):
+        assert getattr(first, name) == getattr(second, name), name
+    convert(tmp_path / "back", tmp_path / "theirs")
+    assert_same(tensors(theirs), tensors(tmp_path / "theirs"))
+    models = [AutoModelForImageTextToText.from_pretrained(f) for f in (ours, tmp_path / "back")]
+    with torch.no_grad():
+        assert torch.equal(models[0](**inputs).logits, models[1](**inputs).logits)
+
+
+def test_a_release_loads_by_its_name(ours, theirs, inputs) -> None:
+    """As the authors wrote it: their keys only, weights in .bin shards, positions as released."""
+    raw = json.loads((theirs / "config.json").read_text())
+    del raw["proxyv_options"]
+    folder = theirs.parent / "release"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    state = list(tensors(theirs).items())
+    torch.save(dict(state[::2]), folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(dict(state[1::2]), folder / "pytorch_model-00002-of-00002.bin")
+    character_tokenizer().save_pretrained(folder)
+    assert is_release(folder) and not is_release(ours)
+    model, report = ProxyVForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (model.config.layout, model.config.start_layer) == ("released", 1)
+    assert model.dtype == torch.bfloat16 and [n for n, p in model.named_parameters()
+                                              if not p.requires_grad]  # fmt: skip
+    processor = ProxyVProcessor.from_pretrained(folder)
+    assert processor.image_token_id == model.config.image_token_index
+    assert (processor.image_aspect_ratio, processor.crop_px, processor.side) == ("anyres", 32, 4)
+    own = ProxyVForConditionalGeneration.from_pretrained(ours, layout="released")
+    again = ProxyVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, own(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"start_layer": 2}, ["holds 2 guided updates", "start_layer=1 ", "start_layer=2"]),
+        ({"start_layer": None}, ["start_layer=1 ", "start_layer=None"]),
+        ({"proxy_kind": "learned"}, ["spatial proxies", "'learned'"]),
+        ({"start_layer": 9}, ["start_layer=9", "from 0 to 2"]),
+    ],
+)
+def test_a_release_of_another_variant_is_refused(theirs, options, words) -> None:
+    with pytest.raises(ValueError) as error:
+        ProxyVForConditionalGeneration.from_pretrained(theirs, **options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def llava_next(tmp_path_factory) -> Path:
+    """A small random stock checkpoint, as llava-hf writes them."""
+    folder = tmp_path_factory.mktemp("stock") / "llava-next"
+    tokenizer = character_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        image_size=PX, patch_size=PATCH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer) + 2, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=PINPOINTS,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": PX}, crop_size={"height": PX, "width": PX},
+        image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    LlavaNextProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def test_a_stock_checkpoint_becomes_a_baseline_with_the_same_logits(llava_next, tmp_path) -> None:
+    convert(llava_next, tmp_path / "baseline", "--template", "tiny")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(llava_next).eval()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "baseline").eval()
+    assert isinstance(model, ProxyVForConditionalGeneration)
+    assert (model.config.start_layer, model.config.packing) == (None, "llava_next")
+    processor = AutoProcessor.from_pretrained(tmp_path / "baseline")
+    theirs = AutoProcessor.from_pretrained(llava_next, backend="pil")
+    for size in SIZES:
+        call = {"images": noise(size), "text": "a<image>bc", "return_tensors": "pt"}
+        ours, expected = processor(**call), theirs(**call)
+        assert torch.equal(ours["input_ids"], expected["input_ids"]), size
+        torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"])
+        assert int((ours["input_ids"] == 4).sum()) == processor.num_image_tokens(size)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**ours).logits, stock(**expected).logits)
+            torch.testing.assert_close(model(**expected).logits, stock(**expected).logits)
+    batch = {"images": [noise(s) for s in SIZES[:3]], "text": ["<image>", "a<image>b<image>c", "d"]}
+    inputs = processor(**batch, padding=True, padding_side="left", return_tensors="pt")
+    chosen = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+    got = model.generate(**inputs, **chosen, num_beams=2)
+    expected = stock.generate(**{n: inputs[n] for n in names}, **chosen)
+    assert got.shape == expected.shape
+    assert model.generate(**inputs, **chosen).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unpadded_token_counts_are_the_stock_ones(llava_next, seed) -> None:
+    stock = LlavaNextProcessor.from_pretrained(llava_next)
+    generator = torch.Generator().manual_seed(seed)
+    grid = {tuple(p): (p[0] // PX, p[1] // PX) for p in PINPOINTS}
+    for height, width in torch.randint(1, 5001, (60, 2), generator=generator).tolist():
+        expected = stock._get_number_of_features(height, width, PX, PX) - 1
+        best = tuple(select_best_resolution([height, width], PINPOINTS))
+        assert num_unpadded_tokens((height, width), grid[best], PX // PATCH) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_sizes": None}, ["needs image_sizes", "got none"]),
+        ({"num_crops": torch.tensor([2])}, ["num_crops=[2]", "40 x 60", "5 crops"]),
+        ({"pool_sizes": torch.tensor([2])}, ["pools nothing"]),
+    ],
+)
+def test_stock_packing_says_what_it_needs(llava_next, tmp_path, change, words) -> None:
+    convert(llava_next, tmp_path / "baseline")
+    model = ProxyVForConditionalGeneration.from_pretrained(tmp_path / "baseline")
+    processor = ProxyVProcessor.from_pretrained(tmp_path / "baseline")
+    inputs = processor(images=noise((40, 60)), text="<image>", return_tensors="pt")
+    with pytest.raises(ValueError) as error:
+        model(**{**inputs, **change})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_stock_checkpoint_with_proxies_is_refused(llava_next, tmp_path) -> None:
+    convert(llava_next, tmp_path / "baseline")
+    with pytest.raises(ValueError, match=r"packing='llava_next' is for the baseline.*start_layer"):
+        ProxyVForConditionalGeneration.from_pretrained(tmp_path / "baseline", start_layer=1)
+    with pytest.raises(ValueError, match=r"layout='released'"):
+        ProxyVForConditionalGeneration.from_pretrained(tmp_path / "baseline", layout="released")
+
+
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_stage1_files_of_both_forms(kind, tmp_path) -> None:
+    options = {"start_layer": 2, "proxy_kind": kind}
+    model, other = tiny_model(**options), tiny_model(seed=1, **options)
+    save_stage1(model, tmp_path / "mm_projector.bin")
+    names = set(torch.load(tmp_path / "mm_projector.bin", weights_only=True))
+    assert {"model.image_newline", "model.mm_projector.0.weight"} < names
+    assert ("model.proxyv_initializer.Wk.weight" in names) == (kind == "learned")
+    assert not any("layers.0.self_attn" in name or "vision_tower" in name for name in names)
+    ours, back = tmp_path / "stage1.safetensors", tmp_path / "back.bin"
+    convert(tmp_path / "mm_projector.bin", ours, "--start-layer", 2)
+    convert(ours, back)
+    assert_same(*(torch.load(f, weights_only=True) for f in (tmp_path / "mm_projector.bin", back)))
+    for file in (ours, back):
+        fresh = tiny_model(seed=2, **options)
+        load_stage1(fresh, file)
+        for name, tensor in load_file(ours).items():
+            assert torch.equal(fresh.state_dict()[name], tensor), name
+        head = "lm_head.weight"
+        assert not torch.equal(fresh.state_dict()[head], model.state_dict()[head])
+    assert not torch.equal(other.model.image_newline, model.model.image_newline)
+
+
+def test_stage1_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path) -> None:
+    model, baseline = tiny_model(start_layer=2), tiny_model(start_layer=None)
+    for suffix in ("bin", "safetensors"):
+        save_stage1(model, tmp_path / f"two.{suffix}")
+        save_stage1(baseline, tmp_path / f"none.{suffix}")
+        save_stage1(tiny_model(start_layer=2, proxy_kind="learned"), tmp_path / f"learned.{suffix}")
+        save_stage1(tiny_model(start_layer=2, guided_ratio=0.25), tmp_path / f"narrow.{suffix}")
+        cases = [
+            (tiny_model(start_layer=1), "two", "start_layer=2.*start_layer=1"),
+            (baseline, "two", "(holds 2 guided updates|start_layer=2).*(null|None)"),
+            (model, "none", "(baseline|start_layer=None).*"),
+            (model, "learned", "learned proxies.*'spatial'"),
+            (model, "narrow", r"output_proj.weight \(32, 8\) instead of \(32, 16\)"),
+        ]
+        for target, file, words in cases:
+            before = {n: t.clone() for n, t in target.state_dict().items()}
+            with pytest.raises(ValueError, match=words):
+                load_stage1(target, tmp_path / f"{file}.{suffix}")
+            assert_same(before, target.state_dict())
+
+
+def test_a_stage1_file_and_backbones_become_a_folder(ours, tmp_path) -> None:
+    trained = ProxyVForConditionalGeneration.from_pretrained(ours)
+    save_stage1(trained, tmp_path / "stage1.safetensors")
+    trained.model.vision_tower.save_pretrained(tmp_path / "vision")
+    language = LlamaForCausalLM(trained.config.text_config)
+    language.model.load_state_dict(
+        {k: v for k, v in trained.model.language_model.state_dict().items()
+         if "guided_update" not in k}
+    )  # fmt: skip
+    language.lm_head.load_state_dict(trained.lm_head.state_dict())
+    language.save_pretrained(tmp_path / "language")
+    character_tokenizer().save_pretrained(tmp_path / "language")
+    convert(tmp_path / "stage1.safetensors", tmp_path / "run", "--vision", tmp_path / "vision",
+            "--language", tmp_path / "language")  # fmt: skip
+    assert_same(tensors(ours), tensors(tmp_path / "run"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| `start_layer` | 1 |" in card and "pipeline_tag: image-text-to-text" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{ours}", "{ours}"], ["OUT", "exists already"]),
+        (["{tmp}/none.bin", "{tmp}/x.safetensors"], ["none.bin: no such file"]),
+        (["{ours}", "{tmp}/x", "--start-layer", "1"], ["--start-layer is for stage-1 files"]),
+        (["{ours}", "{tmp}/x", "--template", "tyni"], ["did you mean 'tiny'"]),
+        (["{tmp}/s.safetensors", "{tmp}/x"], ["becomes a .safetensors or a .bin file"]),
+        (["{tmp}/s.safetensors", "{tmp}/x", "--vision", "v"], ["--vision and --language"]),
+        (["{tmp}/s.safetensors", "{tmp}/x.bin", "--start-layer", "2"], ["start_layer=1", "leave"]),
+        (["{tmp}/s.bin", "{tmp}/x.safetensors"], ["holds 2 guided updates", "name the layer"]),
+        (["{tmp}/llama", "{tmp}/x"], ["of type 'llama'", "llava_next"]),
+    ],
+)
+def test_mistakes_are_one_line(ours, tmp_path, arguments, words, capsys) -> None:
+    model = ProxyVForConditionalGeneration.from_pretrained(ours)
+    save_stage1(model, tmp_path / "s.safetensors")
+    save_stage1(model, tmp_path / "s.bin")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    given = [argument.format(ours=ours, tmp=tmp_path) for argument in arguments]
+    capsys.readouterr()
+    assert run_command(main, given) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("error: ") and captured.count("\n") == 1
+    for word in words:
+        assert word in captured
+
+
+def test_help_has_examples(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "craigwu/proxyv_vicuna_7b_layer12" in text and "mm_projector.bin" in text
+
+
+def test_the_card_names_the_settings(tmp_path) -> None:
+    card = model_card(tiny_model(start_layer=2, layout="released").config, "someone/model")
+    card.save(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    for line in ("| `start_layer` | 2 |", "| `layout` | released |", "| `guided_ratio` | null |"):
+        assert line in text
+    assert "from decoder layer 2 of 4 on" in " ".join(text.split())
+    assert card.data.tags == ["proxyv"] and card.data.library_name == "transformers"
+    assert "without proxies" in model_card(tiny_model(start_layer=None).config, "x").text
