@@ -1,0 +1,73 @@
+"""Options of the commands that look at a data set, and the processor that they describe."""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import AddedToken, AutoTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from proxyv.data.pipeline import ImagePipeline, RowPipeline
+from proxyv.data.template_table import IMAGE_MARK
+from proxyv.data.templates import Renderer
+from proxyv.model.processing import ProxyVProcessor
+
+__all__ = ["add_set_options", "pipeline_of", "processor_of"]
+
+PINPOINTS_HW = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
+"""Grids of ``anyres`` for crops of 336 pixels, (height, width) each; other crops scale them."""
+
+
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which rows are meant and how the model would see them."""
+    add = parser.add_argument
+    add("--annotations", required=True, help="json, jsonl, parquet, a folder, a hub id, or yaml")
+    add("--images", help="folder that image paths are relative to")
+    add("--model", help="folder of a finished run: its tokenizer, template and crops")
+    add("--tokenizer", help="tokenizer folder or hub id (needs --template)")
+    add("--template", default="auto", help="chat template (auto: the one saved with the tokenizer)")
+    add("--image-aspect-ratio", choices=("pad", "anyres"), help="(the run's, else pad)")
+    add("--crop-px", type=int, default=336, help="side of a crop in pixels (336)")
+    add("--patch-size", type=int, default=14, help="of the vision tower (14)")
+    add("--max-length", type=int, default=2048, help="longest row in tokens (2048)")
+    add("--max-megapixels", type=float, default=100.0, help="largest image (100)")
+    add("--follow-links", action="store_true", help="links may lead out of the image folder")
+    add("--limit", type=int, help="look only at the first rows")
+    add("--json", action="store_true", help="write JSON")
+
+
+def processor_of(options: argparse.Namespace) -> ProxyVProcessor | None:
+    """Tokenizer and crops of a run, or of a tokenizer with the given crops; None without either."""
+    if options.model is not None:
+        processor = ProxyVProcessor.from_pretrained(options.model)
+        if options.image_aspect_ratio is not None:
+            processor.image_aspect_ratio = options.image_aspect_ratio
+        return processor
+    if options.tokenizer is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+    crop = options.crop_px
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": crop},
+        crop_size={"height": crop, "width": crop},
+        image_grid_pinpoints=[[side * crop // 336 for side in pair] for pair in PINPOINTS_HW],
+        image_mean=list(OPENAI_CLIP_MEAN),
+        image_std=list(OPENAI_CLIP_STD),
+    )
+    return ProxyVProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=options.patch_size,
+        image_aspect_ratio=options.image_aspect_ratio or "pad",
+    )
+
+
+def pipeline_of(options: argparse.Namespace, processor: ProxyVProcessor) -> RowPipeline:
+    """Template, crops and length limit of the options."""
+    renderer = Renderer(processor.tokenizer, options.template, processor.image_token_id)
+    return RowPipeline(renderer, ImagePipeline.of(processor), options.max_length)
