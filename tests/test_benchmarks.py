@@ -18,10 +18,10 @@ from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, Benchmark, averages, sele
 from proxyv.eval.benchmarks.ocrbench import CATEGORIES
 from proxyv.eval.metrics import mean, mme_perception, ocrbench_score
 from proxyv.eval.records import read_records, write_json
-from proxyv.eval.report import results_table
 from proxyv.eval.rescore import rescore
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
+from proxyv.eval.tables import results_table
 from tests.small_model import save_small_model
 
 PHRASE = "\nAnswer the question using a single word or phrase."

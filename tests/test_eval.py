@@ -27,9 +27,9 @@ from proxyv.eval.controls import check_control, derange
 from proxyv.eval.images import image_bytes, image_size_hw, open_image
 from proxyv.eval.plan import make_batches, make_items
 from proxyv.eval.records import read_records, write_json
-from proxyv.eval.report import results_table
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
+from proxyv.eval.tables import results_table
 from tests.small_model import save_small_model
 
 DOCVQA, CHARTQA = BENCHMARKS["docvqa"], BENCHMARKS["chartqa"]

@@ -31,7 +31,7 @@ from proxyv.eval.metrics import (
     relaxed_accuracy,
     yes_or_no,
 )
-from proxyv.eval.report import bootstrap_interval
+from proxyv.eval.statistics import bootstrap_interval
 from proxyv.eval.vqa_text import normalise_vqa, vqa_accuracy
 
 TEXT = st.text(max_size=12)

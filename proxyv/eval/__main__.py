@@ -1,6 +1,7 @@
 """Evaluate a model on benchmarks: ``python -m proxyv.eval --model DIR --tasks docvqa,chartqa``.
 
-``python -m proxyv.eval rescore RUN`` scores the stored answers of a run again, without the model.
+``python -m proxyv.eval rescore RUN`` scores the stored answers of a run again, without the model;
+``python -m proxyv.eval report RUN...`` compares runs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages, select
 from proxyv.eval.controls import CONTROLS, check_control
 from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
 from proxyv.eval.records import write_json
-from proxyv.eval.report import results_table
+from proxyv.eval.report import main as report_main
 from proxyv.eval.rescore import main as rescore_main
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import load_rows
+from proxyv.eval.tables import results_table
 
 __all__ = ["main"]
 
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m proxyv.eval",
         description="Score a model on benchmarks. A run that was stopped goes on where it was.",
         epilog="python -m proxyv.eval rescore RUN scores stored answers again, without the model; "
+        "python -m proxyv.eval report RUN... compares runs; "
         f"groups of tasks, whose average is given as well: {_group_help()}",
     )
     add = parser.add_argument
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["rescore"]:
         return rescore_main(argv[1:])
+    if argv[:1] == ["report"]:
+        return report_main(argv[1:])
     args = build_parser().parse_args(argv)
     benchmarks = select(args.tasks)
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
@@ -86,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_output(output, settings, overwrite=args.overwrite)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
+    place = str(args.data.resolve()) if args.data else None
     tasks = {
-        benchmark.name: evaluate(benchmark, rows, answerer, options, output, console.print)
+        benchmark.name: {
+            **evaluate(benchmark, rows, answerer, options, output, console.print),
+            "data_folder": place,
+        }
         for benchmark, rows in zip(benchmarks, tables, strict=True)
     }
     results = _results(args.model, settings, answerer, _earlier_tasks(output) | tasks)

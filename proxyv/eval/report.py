@@ -1,73 +1,78 @@
-"""Scores with their uncertainty, and the table that is printed at the end of a run."""
+"""Compare finished runs: ``python -m proxyv.eval report RUN...``.
+
+The scores are recomputed from the stored answers; neither a model nor, but for the pictures on
+the page, the data is needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-from rich import box
-from rich.table import Table
+from rich.console import Console
 
-__all__ = ["bootstrap_interval", "results_table"]
+from proxyv.cli import CommandError
+from proxyv.eval.compare import compare
+from proxyv.eval.page import Pictures, render_page
+from proxyv.eval.stored import load_run
+from proxyv.eval.tables import FOOTNOTE, comparison_latex, comparison_markdown, comparison_table
 
+__all__ = ["main"]
 
-def bootstrap_interval(
-    scores: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, over samples drawn with replacement.
-
-    It covers the choice of questions only, not the seed of training.
-
-    Args:
-        scores: one score for each sample, at least one.
-        level: share of the means that lie inside.
-        draws: number of resampled means.
-        seed: seed of the drawing; the same scores give the same interval.
-
-    Returns:
-        The lower and the upper end.
-    """
-    if not len(scores):
-        raise ValueError("an interval needs at least one score, got none")
-    values = np.asarray(scores, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+SAMPLES = 200
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
-    """The table of one run, from the content of its ``results.json``.
-
-    Scores are 0 to 1 with four digits, others (MME, MMBench, averages of tasks) with two.
-    """
-    control = results["settings"]["control"]
-    title = f"{results['model']}" + (f", control: {control}" if control else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    for heading in ("task", "score", "value", "95 % interval", "samples", "failed"):
-        numeric = heading not in ("task", "score")
-        justify: Literal["left", "right"] = "right" if numeric else "left"
-        table.add_column(heading, justify=justify, no_wrap=heading != "score")
-    for name, task in results["tasks"].items():
-        if not task["scores"]:
-            counts = (str(task["samples"]), str(task["failed"]))
-            table.add_row(name, "for the test server", "", "", *counts)
-        for position, (score, entry) in enumerate(task["scores"].items()):
-            low, high = entry["interval"]
-            table.add_row(
-                "" if position else name,
-                score,
-                _number(entry["value"], high),
-                f"{_number(low, high)} .. {_number(high, high)}",
-                str(entry["samples"]),
-                "" if position else str(task["failed"]),
-            )
-    for group, value in results.get("averages", {}).items():
-        table.add_row(group, "average x 100", f"{value:.2f}", "", "", "")
-    return table
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proxyv.eval report",
+        description="Compare runs: tables, intervals, paired tests, and a page with the samples.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="result folder; the first is the base")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs", "report"),
+        help="folder for report.html, report.md and report.tex (default: runs/report)",
+    )
+    add("--data", type=Path, help="where the pictures are (default: where the runs had them)")
+    add("--samples", type=int, default=SAMPLES, help=f"samples of a task on the page ({SAMPLES})")
+    return parser
 
 
-def _number(value: float, largest: float) -> str:
-    return f"{value:.4f}" if largest <= 1 else f"{value:.2f}"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    if args.samples < 0:
+        raise CommandError(f"--samples {args.samples}: a whole number from 0 on is needed")
+    warnings = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    runs = [load_run(folder) for folder in args.runs]
+    comparison = compare(runs)
+    places = {
+        task: entry.get("data_folder")
+        for run in reversed(runs)
+        for task, entry in run.results["tasks"].items()
+    }
+    folders = {
+        task: args.data or (Path(place) if place else None) for task, place in places.items()
+    }
+    page = render_page(comparison, runs, Pictures(folders, warnings.print), args.samples)
+    texts = {
+        "report.html": page,
+        "report.md": comparison_markdown(comparison),
+        "report.tex": comparison_latex(comparison),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (args.output / name).write_text(text, encoding="utf-8")
+    console = Console()
+    console.print(comparison_table(comparison, comparison.rows, "scores"))
+    if comparison.categories:
+        console.print(comparison_table(comparison, comparison.categories, "parts of tasks"))
+    console.print(FOOTNOTE, highlight=False)
+    for note in comparison.notes:
+        warnings.print(note)
+    warnings.print(f"written: {', '.join(str(args.output / name) for name in texts)}")
+    return 0

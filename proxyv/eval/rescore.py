@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
 from proxyv.eval.provenance import git_commit
-from proxyv.eval.records import read_records, rewrite_records, write_json
-from proxyv.eval.report import results_table
+from proxyv.eval.records import rewrite_records, write_json
 from proxyv.eval.runner import summarise, write_submission
+from proxyv.eval.stored import load_run
+from proxyv.eval.tables import results_table
 
 __all__ = ["main", "rescore"]
 
@@ -62,26 +62,12 @@ def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         CommandError: there is no finished run in the folder.
     """
-    path = run / "results.json"
-    if not path.is_file():
-        raise CommandError(f"{run}: no results.json, so no finished run; start its command again")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{path} is damaged ({error}); start the run again") from error
+    stored = load_run(run)
+    results = stored.results
     for name, task in results["tasks"].items():
-        if name not in BENCHMARKS:
-            raise CommandError(f"{path} holds a task {name!r}, which is not known here")
         benchmark = BENCHMARKS[name]
-        file = run / f"{name}.jsonl"
-        records = sorted(read_records(file), key=lambda record: record["index"])
-        if len(records) != task["samples"]:
-            raise CommandError(
-                f"{file} holds {len(records)} samples, results.json was made from "
-                f"{task['samples']}: the run was taken up again and stopped; finish it first"
-            )
-        scored = [_scored(benchmark, record) for record in records]
-        rewrite_records(file, scored)
+        scored = [_scored(benchmark, record) for record in stored.records[name]]
+        rewrite_records(run / f"{name}.jsonl", scored)
         write_submission(benchmark, scored, run, warn)
         summary = summarise(benchmark, scored)
         _report_changes(name, task, summary, warn)
@@ -89,7 +75,7 @@ def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     results["averages"] = averages(results["tasks"])
     now = datetime.datetime.now(datetime.timezone.utc)
     results["rescored"] = {"date": now.isoformat(timespec="seconds"), "git_commit": git_commit()}
-    write_json(path, results)
+    write_json(run / "results.json", results)
     return results
 
 

@@ -30,8 +30,8 @@ from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark, Record
 from proxyv.eval.plan import Answering, Item, item_images, make_batches, make_items, make_record
 from proxyv.eval.records import append_records, read_records, rewrite_records, write_json
-from proxyv.eval.report import bootstrap_interval
 from proxyv.eval.sources import Rows
+from proxyv.eval.statistics import bootstrap_interval
 
 __all__ = [
     "RunOptions",
