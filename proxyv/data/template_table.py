@@ -125,7 +125,8 @@ _SYSTEM = (
 _CONTENT = (
     "{% set content = message['content'] %}{% if content is not string %}"
     "{% set parts = namespace(text='') %}{% for item in content %}"
-    "{% set piece = '<image>\\n' if item['type'] == 'image' else item['text'] %}"
+    "{% set media = item['type'] in ('image', 'video') %}"
+    "{% set piece = '<' ~ item['type'] ~ '>\\n' if media else item['text'] %}"
     "{% set parts.text = parts.text + piece %}"
     "{% endfor %}{% set content = parts.text %}{% endif %}"
 )

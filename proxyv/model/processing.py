@@ -348,8 +348,24 @@ class ProxyVProcessor(LlavaNextProcessor):
                 f"the text has {given} {self.image_token}, but {len(counts)} images were given"
             )
         supply: Iterator[int] = iter(counts)
+        texts = [self._begin_anew(text, marks) for text in texts]
         expanded = [marks.sub(lambda _: self.image_token * next(supply), text) for text in texts]
         return expanded, [text.count(self.image_token) for text in expanded]
+
+    def _begin_anew(self, text: str, marks: re.Pattern[str]) -> str:
+        """Let text behind an image begin as a text does, as it did in training.
+
+        Sentencepiece vocabularies put a space before a text; a tokenizer that meets text behind a
+        token does not, but LLaVA models are trained on pieces tokenized one by one.
+        """
+        begins = self.tokenizer.tokenize("a")[:1]
+        if self.packing != "crops" or not begins or not begins[0].startswith("▁"):
+            return text
+        tokens = (self.image_token, VIDEO_MARK, *self.tokenizer.get_added_vocab())
+        first, *rest = marks.split(text)
+        found = marks.findall(text)
+        rest = [part if not part or part.startswith(tokens) else " " + part for part in rest]
+        return first + "".join(mark + part for mark, part in zip(found, rest, strict=True))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
