@@ -53,7 +53,7 @@ def test_override_values_are_yaml(tmp_path):
         ("optim.lrr=1", r"unknown setting 'optim\.lrr': did you mean 'optim\.lr'"),
         ("optm.lr=1", r"no section 'optm': did you mean 'optim\.lr'"),
         ("lr=1", r"no section 'lr': did you mean 'optim\.lr'"),
-        ("zzz.yyy=1", r"unknown section 'zzz' \(one of data, deepspeed, model"),
+        ("zzz.yyy=1", r"unknown section 'zzz' \(one of data, deepspeed, lora, model"),
         ("optim=1", "section 'optim' needs settings, got 1"),
         ("optim.lr", r"override 'optim\.lr': expected section\.name=value"),
         ("optim.lr=fast", r"override 'optim\.lr=fast': optim\.lr: Value 'fast'"),

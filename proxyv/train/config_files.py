@@ -52,7 +52,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file, what it builds on, and overrides; the last word counts.
 
     Args:
-        path: the file; its ``base:`` is relative to it.
+        path: the file; its ``base:`` (one file or a list, the last counts) is relative to it.
         overrides: ``section.name=value``, values as in YAML (``null``, ``1e-4``, ``[1, 2]``).
 
     Raises:
@@ -84,8 +84,12 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str,
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections such as 'model:', got {content!r}")
-    base = content.pop("base", None)
-    before = [] if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
+    base = content.pop("base", None) or []
+    before = [
+        part
+        for name in (base if isinstance(base, list) else [base])
+        for part in _chain(path.parent / str(name), (*seen, path.resolve()))
+    ]
     return [*before, (str(path), cast(dict[str, Any], content))]
 
 

@@ -1,17 +1,22 @@
-"""What a run would do, without doing it: settings, what trains, batch and steps."""
+"""What a run would do, without doing it: settings, what trains, cost, batch and steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from proxyv.train.arguments import accumulation_steps, total_steps
+from proxyv.train.arguments import accumulation_steps, deepspeed_config, total_steps
 from proxyv.train.build import build_on_meta, output_folder
 from proxyv.train.config_files import settings_yaml
+from proxyv.train.cost import RowShape, row_flops, step_memory, trained_parts
 from proxyv.train.run import open_data, parts_table
 from proxyv.train.settings import Settings
-from proxyv.train.stages import apply_stage, count_parts
+from proxyv.train.stages import count_parts
 
 __all__ = ["dry_run"]
+
+_TEXT = 300  # text tokens of a typical row, 200 of them supervised
+_SUPERVISED = 200
 
 
 def dry_run(settings: Settings, ranks: int) -> str:
@@ -22,18 +27,43 @@ def dry_run(settings: Settings, ranks: int) -> str:
         OSError: the model's configuration cannot be found.
     """
     model = build_on_meta(settings)
-    apply_stage(model, settings.stage.name)
     accumulation = accumulation_steps(settings, ranks)
+    parts = count_parts(model)
     lines = [
         settings_yaml(settings).rstrip(),
         "",
         f"folder: {output_folder(settings)}",
-        *parts_table(count_parts(model), settings),
+        *parts_table(parts, settings),
         f"effective batch: {ranks} ranks x {settings.optim.micro_batch} rows x {accumulation} "
         f"accumulated = {settings.optim.global_batch}",
         f"data: {_length(settings, ranks)}",
+        *_cost(settings, model.config, parts, ranks),
     ]
     return "\n".join(lines)
+
+
+def _cost(settings: Settings, config: Any, parts: list[Any], ranks: int) -> list[str]:
+    """FLOPs and tokens of a step, and memory."""
+    crops = most_crops(settings, config)
+    row = RowShape(crops, _TEXT, _SUPERVISED)
+    step = settings.optim.global_batch * sum(row_flops(config, row, trained_parts(parts)).values())
+    tokens = crops * config.tokens_per_crop + _TEXT
+    zero = (deepspeed_config(settings) or {}).get("zero_optimization", {})
+    memory = step_memory(config, settings, parts, zero, ranks, crops)
+    return [
+        f"row of {crops} crop{'s' * (crops > 1)} and {_TEXT} text tokens: {tokens:,} tokens",
+        f"step: {settings.optim.global_batch * tokens:,} tokens, {step:.3e} FLOPs",
+        f"memory: {memory.line()}, rows of {settings.data.max_length} tokens",
+    ]
+
+
+def most_crops(settings: Settings, config: Any) -> int:
+    """Crops of the largest image."""
+    if settings.data.image_aspect_ratio == "pad":
+        return 1
+    side = config.vision_config.image_size
+    grids = settings.data.image_grid_pinpoints
+    return 1 + max((height // side) * (width // side) for height, width in grids)
 
 
 def _length(settings: Settings, ranks: int) -> str:
@@ -48,4 +78,4 @@ def _length(settings: Settings, ranks: int) -> str:
     else:
         return f"steps unknown: {data.annotations} is not on this machine"
     rows = rows if data.limit is None else min(rows, data.limit)
-    return f"{rows:,} {origin}, {total_steps(settings, rows, ranks):,} steps"
+    return f"{rows:,} {origin}, {total_steps(settings, rows, ranks):,} steps an epoch"

@@ -6,8 +6,11 @@ that shows, and its exit code passes through.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -17,8 +20,9 @@ import torch
 
 from proxyv.train.settings import Settings
 
-__all__ = ["first_to_report", "launch", "prepare_rank"]
+__all__ = ["die_with_parent", "first_to_report", "launch", "prepare_rank"]
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _REPORT = "PROXYV_REPORT"  # names a file that the first rank to fail creates
 
 
@@ -61,6 +65,18 @@ def first_to_report() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this rank when its launcher is gone, however that died.
+
+    Otherwise a rank whose launcher was killed would train on, unseen, while the same command
+    starts another one in the same folder.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def prepare_rank(settings: Settings) -> None:

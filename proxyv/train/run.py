@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,22 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from proxyv.data.collator import Collator, DummyImage
-from proxyv.data.dataset import ConversationDataset, check_rows
+from proxyv.data.dataset import ConversationDataset, DataReport, check_rows, report_rows
 from proxyv.data.failures import FailureLog
-from proxyv.data.sampler import RowSampler
+from proxyv.data.pipeline import ImagePipeline
+from proxyv.data.sampler import GroupedSampler, RowSampler
+from proxyv.data.scan import scan_rows
 from proxyv.data.sources import Source, open_source
+from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
-from proxyv.train.build import Built, build, image_pipeline, output_folder, resolve, starting_folder
+from proxyv.train.build import Built, build, output_folder, resolve, starting_folder
 from proxyv.train.checkpoints import Checkpoints
 from proxyv.train.config_files import settings_yaml, write_atomically
+from proxyv.train.lock import only_run
 from proxyv.train.progress import MetricsFile, Progress
 from proxyv.train.settings import Settings, walk
 from proxyv.train.signals import Interrupted, StopOnSignal
-from proxyv.train.stages import PartCount, apply_stage, count_parts, learning_rates
+from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
 __all__ = ["FINISHED", "open_data", "parts_table", "train"]
@@ -88,9 +94,12 @@ def train(settings: Settings) -> Path:
         Interrupted: the run got SIGTERM, has saved a checkpoint and stopped.
     """
     began, stop = time.monotonic(), StopOnSignal()
-    with stop.listening():
+    with stop.listening(), ExitStack() as held:
         settings = resolve(settings)
         folder, built, trainer = _prepare(settings, stop)
+        if trainer.is_world_process_zero():
+            held.enter_context(only_run(folder))
+            check_output(settings)  # a run that was dying may have finished instead
         checkpoint = _begin(trainer, folder, settings)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if stop.received:
@@ -107,9 +116,9 @@ def train(settings: Settings) -> Path:
             "seconds": round(time.monotonic() - began, 1),
         }
         save_run(trainer, built, folder, settings, summary)
-    if trainer.is_world_process_zero():
-        trainer.checkpoints.clear()
-        print(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
+        if trainer.is_world_process_zero():
+            trainer.checkpoints.clear()
+            print(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
     return folder
 
 
@@ -127,13 +136,12 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
     dataset = ConversationDataset(
         source,
         built.renderer,
-        image_pipeline(built.processor),
+        ImagePipeline.of(built.processor),
         data.max_length,
         data.limit,
         data.on_failure,
     )
-    report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
-    apply_stage(built.model, settings.stage.name)
+    sampler, report = _order(settings, dataset, folder.parent / ".rows", ranks)
     steps = total_steps(settings, len(dataset), ranks)
     if data.expected_rows not in (None, len(source)):
         say(f"note: {len(source):,} rows, where data.expected_rows={data.expected_rows:,}")
@@ -144,7 +152,22 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
         f"x {accumulation} accumulated; {steps:,} steps",
         flush=True,
     )
-    return folder, built, _trainer(settings, built, dataset, folder, ranks, stop)
+    return folder, built, _trainer(settings, built, dataset, sampler, folder, ranks, stop)
+
+
+def _order(
+    settings: Settings, dataset: ConversationDataset, cache: Path, ranks: int
+) -> tuple[RowSampler, DataReport]:
+    """The order of rows; where it goes by length every row is measured, once for all runs."""
+    data, seed = settings.data, settings.run.seed
+    if not data.group_by_length:
+        report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
+        return RowSampler(len(dataset), seed), report
+    with only_run(cache, wait_seconds=math.inf):  # one rank measures, the others find its table
+        facts = scan_rows(dataset, data.workers, cache)
+    report = report_rows(dataset, facts, data.max_unsupervised_share)
+    micro = settings.optim.micro_batch
+    return GroupedSampler(facts["tokens"], facts["images"] > 0, micro, ranks, seed), report
 
 
 def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | None:
@@ -171,6 +194,7 @@ def _trainer(
     settings: Settings,
     built: Built,
     dataset: ConversationDataset,
+    sampler: RowSampler,
     folder: Path,
     ranks: int,
     stop: StopOnSignal,
@@ -183,7 +207,7 @@ def _trainer(
     dummy = _dummy_image(built) if ranks > 1 else None
     trainer = ProxyVTrainer(
         settings,
-        RowSampler(len(dataset), run.seed),
+        sampler,
         FailureLog(folder / "failures.txt"),
         checkpoints=Checkpoints(folder, run.keep_checkpoints, _identity(settings, ranks)),
         model=built.model,
@@ -219,7 +243,7 @@ def _pad_token_id(built: Built) -> int:
 
 def _dummy_image(built: Built) -> DummyImage:
     processor = built.processor
-    tokens = image_pipeline(processor).tokens_per_crop
+    tokens = ImagePipeline.of(processor).tokens_per_crop
     return DummyImage(built.model.config.image_token_id, tokens, processor.crop_px)
 
 
@@ -231,9 +255,14 @@ def save_run(
     if trainer.is_world_process_zero():
         partial = folder / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        built.model.save_pretrained(partial, state_dict=state)
+        plain = plain_state(built.model, state, built.originals)
+        built.model.save_pretrained(partial, state_dict=plain)
+        if settings.lora.rank is not None:
+            save_adapters(settings.lora, state, partial / "adapter")
         built.processor.save_pretrained(partial)
         for path in sorted(partial.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
         partial.rmdir()
         summary = {

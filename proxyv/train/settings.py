@@ -19,6 +19,7 @@ from proxyv.cli import nearest
 __all__ = [
     "DataSettings",
     "DeepSpeedSettings",
+    "LoraSettings",
     "ModelSettings",
     "OptimSettings",
     "RunSettings",
@@ -60,7 +61,9 @@ class ModelSettings:
 
     name: str = option("vicuna-7b", "name of the model, used for the run's folder")
     language: str = option(
-        "lmsys/vicuna-7b-v1.5", "language model: folder of safetensors, or id on the hub"
+        "lmsys/vicuna-7b-v1.5",
+        "language model: folder of safetensors, id on the hub, a .gguf file, or "
+        "package:NAME/FILE.gguf, a file that an installed package brings",
     )
     vision: str = option(
         "openai/clip-vit-large-patch14-336", "CLIP vision tower: folder, or id on the hub"
@@ -74,6 +77,16 @@ class ModelSettings:
     init_from: str | None = option(
         None,
         "folder of a finished run to start from; 'auto' is the pretrain run of the same model",
+    )
+    language_fields: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_about("fields of the language model's configuration to set otherwise"),
+    )
+    quantize: str = option(
+        "none",
+        "how the language model's frozen matrices are held: as they are, or in 4 bits "
+        "(bitsandbytes; no DeepSpeed)",
+        choices=("none", "nf4"),
     )
     start_layer: int | None = option(
         12, "first ProxyV layer of the language model; null is the baseline", low=0
@@ -141,6 +154,9 @@ class DataSettings:
         None, "rows that the set should have: for a dry run without it, and to tell when some miss"
     )
     limit: int | None = option(None, "use only the first rows; null uses all", low=1)
+    group_by_length: bool = option(
+        False, "rows of like length, and of one kind (with images or text alone), in a batch"
+    )
     drop_last: bool = option(False, "leave out the last rows of a pass that fill no micro-batch")
     check_rows: int = option(
         2000, "rows looked at before training, evenly spaced over the set", low=0
@@ -187,6 +203,15 @@ class OptimSettings:
     beta2: float = option(0.999, "AdamW: decay of the second moment", low=0.0, high=0.99999)
     epsilon: float = option(1e-8, "AdamW: added to the denominator", low=0.0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0.0)
+
+
+@dataclass
+class LoraSettings:
+    """Adapters on the language model in place of its own weights (stage 2)."""
+
+    rank: int | None = option(None, "rank of the adapters; null trains the weights", low=1)
+    alpha: float = option(128.0, "adapters are scaled by alpha / rank", low=0.0)
+    dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.99)
 
 
 @dataclass
@@ -250,6 +275,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     stage: StageSettings = field(default_factory=StageSettings)
     run: RunSettings = field(default_factory=RunSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
@@ -287,12 +313,34 @@ def check_settings(settings: Settings) -> Settings:
             f"optim.global_batch={settings.optim.global_batch} is not a multiple of "
             f"optim.micro_batch={settings.optim.micro_batch}"
         )
+    _check_adapters(settings)
     if run.wandb_mode == "online" and run.tracker != "wandb":
         raise ValueError(
             f"run.wandb_mode=online with run.tracker={run.tracker}: set run.tracker=wandb too"
         )
     _check_pinpoints(settings.data)
     return settings
+
+
+def _check_adapters(settings: Settings) -> None:
+    quantized, rank = settings.model.quantize != "none", settings.lora.rank
+    finetune = settings.stage.name == "finetune"
+    if quantized and settings.deepspeed.config is not None:
+        raise ValueError(
+            f"model.quantize={settings.model.quantize} with deepspeed.config="
+            f"{settings.deepspeed.config}: 4-bit weights are trained around on one GPU or with "
+            "plain data parallelism; set deepspeed.config=null"
+        )
+    if quantized and finetune and rank is None:
+        raise ValueError(
+            f"model.quantize={settings.model.quantize} with stage.name=finetune and lora.rank=null:"
+            " 4-bit weights do not train; set lora.rank, such as 64"
+        )
+    if rank is not None and not finetune:
+        raise ValueError(
+            f"lora.rank={rank} with stage.name={settings.stage.name}: the language model is frozen "
+            "in this stage; set lora.rank=null"
+        )
 
 
 def _check_value(key: str, value: Any, item: Field[Any]) -> None:

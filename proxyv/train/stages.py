@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from proxyv.model.modeling import parameter_part
+from proxyv.train.adapters import has_adapters
 from proxyv.train.settings import OptimSettings
 
 __all__ = [
@@ -44,10 +45,18 @@ class PartCount:
     trainable: int
 
 
-def apply_stage(model: nn.Module, stage: str) -> None:
-    """Freeze every parameter that the stage does not train."""
+def apply_stage(model: nn.Module, stage: str, adapters: bool = False) -> None:
+    """Freeze every parameter that the stage does not train.
+
+    Args:
+        model: the model.
+        stage: a key of :data:`STAGES`.
+        adapters: of the language model and its head, only adapters train.
+    """
     for name, parameter in model.named_parameters():
-        if parameter_part(name) not in STAGES[stage]:
+        part = parameter_part(name)
+        replaced = adapters and part in ("language_model", "lm_head") and not has_adapters(name)
+        if part not in STAGES[stage] or replaced:
             parameter.requires_grad_(False)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from proxyv.data.failures import FailureLog
 from proxyv.data.sampler import RowSampler
 from proxyv.data.templates import IGNORE_INDEX
+from proxyv.train.cost import RowShape, peak_flops, row_flops, trained_parts
 from proxyv.train.group_norms import GroupNorms
 from proxyv.train.ranks import gather
 from proxyv.train.resumable import ResumableTrainer
 from proxyv.train.settings import Settings
-from proxyv.train.stages import parameter_groups
+from proxyv.train.stages import count_parts, parameter_groups
 
 __all__ = ["ProxyVTrainer"]
 
@@ -42,11 +43,15 @@ class ProxyVTrainer(ResumableTrainer):
     ) -> None:
         self.settings, self.sampler, self.failures = settings, sampler, failures
         self._tokens = self._supervised = self._failed = 0
+        self._flops = 0.0
+        gpu = torch.cuda.is_available()
+        self._peak = peak_flops(torch.cuda.get_device_name()) if gpu else None
         self._since = time.monotonic()
         self._step_rows: list[tuple[list[str], Tensor]] = []
         self._norms: GroupNorms | None = None
         self.skipped_steps = self._skipped_in_a_row = 0
         super().__init__(**kwargs)
+        self._trained = trained_parts(count_parts(self.model))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowSampler:
         return self.sampler
@@ -74,13 +79,24 @@ class ProxyVTrainer(ResumableTrainer):
         for line in self.failures.add(inputs.pop("failures", [])):
             self._failed += 1
             print(f"left out: {line}", flush=True)
-        self._tokens += int(inputs["attention_mask"].sum())
-        self._supervised += int((inputs["labels"] != IGNORE_INDEX).sum())
+        self._count(inputs)
         inputs["loss_only"] = True
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         self._step_rows.append((rows, loss.detach()))
         return result
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        """Add up tokens and FLOPs of a micro-batch; padding is none."""
+        config: Any = self.model.config
+        images = inputs["input_ids"] == config.image_token_id
+        sizes = [inputs["attention_mask"], images, inputs["labels"] != IGNORE_INDEX]
+        for tokens, of_images, supervised in torch.stack([s.sum(1) for s in sizes], 1).tolist():
+            self._tokens += tokens
+            self._supervised += supervised
+            crops = of_images // config.tokens_per_crop
+            row = RowShape(crops, tokens - of_images, supervised)
+            self._flops += sum(row_flops(config, row, self._trained).values())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The norm before clipping; a step in which it is not finite changes nothing.
@@ -130,11 +146,15 @@ class ProxyVTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add token counts, learning rates and gradient norms by part to what is logged."""
         if "loss" in logs:
-            own = [self._tokens, self._supervised, self._failed]
+            own = [self._tokens, self._supervised, self._failed, self._flops]
             counts = self._sum_over_ranks(torch.tensor(own, dtype=torch.float64))
-            tokens, supervised, failed = counts.tolist()
+            tokens, supervised, failed, flops = counts.tolist()
             now = time.monotonic()
-            logs["tokens_per_second"] = round(tokens / max(now - self._since, 1e-9), 1)
+            seconds = max(now - self._since, 1e-9)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+            logs["tflops_per_second"] = float(f"{flops / seconds / 1e12:.3g}")
+            if self._peak is not None:
+                logs["mfu"] = round(flops / seconds / (self._peak * self.args.world_size), 4)
             logs["supervised_share"] = round(supervised / max(tokens, 1.0), 4)
             logs["skipped_steps"] = self.skipped_steps
             logs["failed_rows"] = int(failed)
@@ -142,7 +162,7 @@ class ProxyVTrainer(ResumableTrainer):
                 logs[f"lr_{name}"] = rate
             for name, norm in self._group_norms(logs).items():
                 logs[f"grad_norm_{name}"] = norm
-            self._tokens, self._supervised, self._since = 0, 0, now
+            self._tokens, self._supervised, self._flops, self._since = 0, 0, 0.0, now
         super().log(logs, start_time)
 
     def _group_norms(self, logs: dict[str, float]) -> dict[str, float]:

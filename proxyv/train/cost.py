@@ -1,0 +1,250 @@
+"""What a run costs, before it runs: FLOPs of a row and of a step, and memory of a GPU.
+
+FLOPs are multiply-adds times two, attention as S x S (so a little more than a causal kernel does),
+and as our layers compute: unfolded guided updates whose context half is computed once per proxy,
+nothing for full tokens in the last layer, logits for supervised tokens alone. Memory is an
+estimate for planning that has not been compared with a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from proxyv.train.settings import Settings
+from proxyv.train.stages import PartCount
+
+__all__ = [
+    "PEAK_FLOPS",
+    "Memory",
+    "RowShape",
+    "peak_flops",
+    "row_flops",
+    "step_memory",
+    "trained_parts",
+]
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bfloat16 FLOPs a second by a part of the device's name, from the makers' data sheets."""
+
+_GIB = 1 << 30
+_CONTEXT_BYTES = int(1.5 * _GIB)  # CUDA context, kernels, fragmentation
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOPs a second that a GPU can do at best; None where the table does not know it."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Size of a row.
+
+    Attributes:
+        crops: of all its images.
+        text: tokens that are not of images.
+        supervised: tokens with a label.
+    """
+
+    crops: int
+    text: int
+    supervised: int
+
+
+def row_flops(config: Any, row: RowShape, trained: set[str] | None = None) -> dict[str, float]:
+    """FLOPs of a row, by part.
+
+    Args:
+        config: a ``ProxyVConfig``.
+        row: its size.
+        trained: parts that train: a forward pass and its backward pass are counted; None counts
+            the forward pass alone.
+
+    Returns:
+        FLOPs of "vision_tower", "projector", "language_model", "proxyv" and "lm_head". A frozen
+        part costs 1 forward and, where gradients pass through it, 1 backward; a trained one 3.
+    """
+    forward = {
+        "vision_tower": row.crops * _tower(config),
+        "projector": row.crops * _projector(config),
+        **_decoder(config, row),
+        "lm_head": 2.0
+        * row.supervised
+        * config.text_config.hidden_size
+        * config.text_config.vocab_size,
+    }
+    if trained is None:
+        return forward
+    passes = {"vision_tower": 1} | {
+        part: 2 + (part in trained) for part in forward if part != "vision_tower"
+    }
+    return {part: flops * passes[part] for part, flops in forward.items()}
+
+
+def trained_parts(parts: list[PartCount]) -> set[str]:
+    """Parts whose weights mostly train; adapters on a frozen part cost next to nothing."""
+    return {part.part for part in parts if 2 * part.trainable > part.total}
+
+
+def _tower(config: Any) -> float:
+    """One crop through the vision tower; the patches, and all layers, for all are run."""
+    vision = config.vision_config
+    width, tokens = vision.hidden_size, config.side**2 + 1
+    patches = 2.0 * (tokens - 1) * 3 * vision.patch_size**2 * width
+    layer = 2.0 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
+    return patches + vision.num_hidden_layers * (layer + 4.0 * tokens**2 * width)
+
+
+def _projector(config: Any) -> float:
+    width = config.text_config.hidden_size
+    return 2.0 * config.side**2 * (config.vision_config.hidden_size * width + width**2)
+
+
+def _decoder(config: Any, row: RowShape) -> dict[str, float]:
+    """All decoder layers: what the stock layers do, and the guided updates."""
+    text = config.text_config
+    layers, start = text.num_hidden_layers, config.start_layer
+    full, newlines = row.crops * config.side**2, row.crops
+    light = newlines + row.text
+    natural = full + light
+    ordinary = natural * _linear(text) + 4.0 * natural**2 * _query_width(text)
+    if start is None or not row.crops:
+        return {"language_model": layers * ordinary, "proxyv": 0.0}
+    proxies = row.crops * config.proxies_per_crop
+    keys = full * _keys_of_full(text)
+    main = (light + proxies) * _linear(text)
+    seen = light * natural + proxies * (proxies + light)
+    inner = keys + main + 4.0 * seen * _query_width(text)
+    last = keys + light * _linear(text) + 4.0 * light * natural * _query_width(text)
+    return {
+        "language_model": start * ordinary + (layers - start - 1) * inner + last,
+        "proxyv": _guided(config, row, layers - start - 1),
+    }
+
+
+def _query_width(text: Any) -> int:
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return head * text.num_attention_heads
+
+
+def _key_width(text: Any) -> int:
+    return _query_width(text) // text.num_attention_heads * text.num_key_value_heads
+
+
+def _linear(text: Any) -> float:
+    """Projections and FFN of one token."""
+    width = text.hidden_size
+    attention = 2 * width * _query_width(text) + 2 * width * _key_width(text)
+    return 2.0 * (attention + 3 * width * text.intermediate_size)
+
+
+def _keys_of_full(text: Any) -> float:
+    """Keys and values of one full token; a fused projection computes its query as well."""
+    fused = _query_width(text) if text.model_type == "phi3" else 0
+    return 2.0 * text.hidden_size * (2 * _key_width(text) + fused)
+
+
+def _guided(config: Any, row: RowShape, layers: int) -> float:
+    """The guided updates of so many layers, and making learned proxies."""
+    width, hidden = config.text_config.hidden_size, config.guided_width
+    full, proxies = row.crops * config.side**2, row.crops * config.proxies_per_crop
+    flops = layers * 2.0 * full * (2 * width * hidden + hidden**2)
+    flops += layers * 2.0 * proxies * (width * hidden + hidden**2)
+    if config.proxy_kind == "learned" and layers:
+        pairs = full * config.proxies_per_crop
+        flops += 2.0 * full * width * hidden + 2.0 * pairs * (hidden + width)
+        flops += layers * 2.0 * pairs * hidden
+    return flops
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU, by what they hold."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All, with what CUDA itself takes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + _CONTEXT_BYTES
+
+    def line(self) -> str:
+        """In words."""
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimiser": self.optimizer,
+            "activations": self.activations,
+        }
+        listed = ", ".join(f"{name} {value / _GIB:.1f}" for name, value in parts.items())
+        return f"about {self.total / _GIB:.1f} GiB a GPU ({listed})"
+
+
+def step_memory(
+    config: Any,
+    settings: Settings,
+    parts: list[PartCount],
+    zero: dict[str, Any],
+    ranks: int,
+    crops: int,
+) -> Memory:
+    """Estimate what a step needs on each GPU, for rows as long as allowed.
+
+    Args:
+        config: a ``ProxyVConfig``.
+        settings: of the run.
+        parts: parameters by part.
+        zero: ``zero_optimization`` of the DeepSpeed file; empty without DeepSpeed.
+        ranks: GPUs.
+        crops: of a row.
+    """
+    stage = zero.get("stage", 0)
+    total, trainable = (sum(getattr(p, key) for p in parts) for key in ("total", "trainable"))
+    language = next(p for p in parts if p.part == "language_model")
+    shard = [ranks if stage >= needed else 1 for needed in (3, 2, 1)]
+    offloaded = {
+        key: zero.get(f"offload_{key}", {}).get("device", "none") != "none"
+        for key in ("param", "optimizer")
+    }
+    if settings.model.quantize != "none":  # four bits, a float32 scale for each 64 and the rest
+        small = language.total - language.trainable
+        weights = 0.5625 * small + 2 * (total - small - trainable) + 4 * trainable
+    else:
+        weights = (2 if zero else 4) * total / shard[0]
+    if stage == 3:
+        gathered = 2 * 2 * _linear(config.text_config) / 2  # two layers, in two bytes
+        weights = gathered + (0 if offloaded["param"] else weights)
+    return Memory(
+        weights=weights,
+        gradients=(2 if zero else 4) * trainable / shard[1] * (not offloaded["optimizer"]),
+        optimizer=(12 if zero else 8) * trainable / shard[2] * (not offloaded["optimizer"]),
+        activations=_activations(config, settings, crops),
+    )
+
+
+def _activations(config: Any, settings: Settings, crops: int) -> float:
+    """Inputs of every layer, all of one layer, the tower's features, and a chunk of logits."""
+    text, micro = config.text_config, settings.optim.micro_batch
+    rows, width = micro * settings.data.max_length, text.hidden_size
+    held = 2.0 * rows * width
+    within = 2.0 * rows * (8 * width + 2 * _query_width(text) + 4 * text.intermediate_size)
+    layers = text.num_hidden_layers
+    decoder = layers * held + within
+    if not settings.run.gradient_checkpointing:
+        decoder = layers * within
+    vision = config.vision_config
+    tower = 2.0 * micro * crops * (config.side**2 + 1) * vision.hidden_size * 30
+    logits = 3 * min(1 << 26, rows * text.vocab_size) * 4.0
+    return decoder + tower + logits

@@ -1,0 +1,42 @@
+"""One run in a folder at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["only_run"]
+
+_NAME = ".lock"
+
+
+@contextmanager
+def only_run(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
+    """Hold a run's folder; the system lets go of it when this process ends, however it ends.
+
+    Args:
+        folder: made if it is not there.
+        wait_seconds: how long a run that is just dying may take.
+
+    Raises:
+        ValueError: another run does not let go of the folder.
+        OSError: the file system has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _NAME, "w", encoding="utf-8") as file:
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"run.output_dir: another run is at work in {folder}; stop it, or give "
+                        "this one another folder"
+                    ) from None
+                time.sleep(0.05)
+        yield
