@@ -466,6 +466,22 @@ def test_added_tokens_keep_their_ids_and_special_ones_stay_text():
 
 
 @needs_tokenizers
+@pytest.mark.parametrize("folder", sorted(set(FOLDERS.values())))
+def test_no_spelling_gives_a_control_token(folder):
+    """Not even in vocabularies that could merge the letters of one into it."""
+    tokenizer = real_tokenizer(folder)
+    renderer = real_renderer("plain", folder)
+    names = sorted({*tokenizer.all_special_tokens, *list(tokenizer.get_added_vocab())[:40]})
+    numbers = {tokenizer.convert_tokens_to_ids(name) for name in names}
+    for name in names:
+        for text in (name, f"a{name}b", f"{name}{name}", f"<{name}>", f" {name} {names[0]}"):
+            labels = renderer.render([Turn("user", "q"), Turn("assistant", text)]).labels
+            ids = [label for label in labels if label != IGNORE_INDEX]
+            assert numbers.isdisjoint(ids), text
+            assert tokenizer.decode(ids).strip() == text.strip()
+
+
+@needs_tokenizers
 def test_long_answers_are_cut_and_counted():
     turns = [Turn("user", "List."), Turn("assistant", "item " * 3000)]
     whole = real_renderer("v1").render(turns)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from proxyv.cli import nearest
-from proxyv.data.plain_text import plain_text_tokenizer
+from proxyv.data.plain_text import PlainText
 from proxyv.data.template_table import IMAGE_MARK, TEMPLATES, Bos, Control, Message, Part, Template
 
 __all__ = [
@@ -202,9 +202,10 @@ class Renderer:
         self.image_token_id = (
             vocabulary.get(IMAGE_MARK) if image_token_id is None else image_token_id
         )
-        self._backend, self._dummy_space, self._numbers = plain_text_tokenizer(
+        self._said = PlainText(
             backend, {IMAGE_MARK, *self.template.controls, *tokenizer.all_special_tokens}
         )
+        self._vocabulary = backend
 
     @property
     def end_token_id(self) -> int:
@@ -212,12 +213,12 @@ class Renderer:
         mark = self.template.end_mark
         if mark in self._control_ids:
             return self._control_ids[mark]
-        return self._text_ids(mark)[-1]
+        return self._said.ids(mark)[-1]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with whatever decides on ids and labels: template, vocabulary, image token."""
-        known = f"{self.template!r} {self.image_token_id} {self._bos} {self._backend.to_str()}"
+        known = f"{self.template!r} {self.image_token_id} {self._bos} {self._vocabulary.to_str()}"
         return hashlib.sha256(known.encode()).hexdigest()
 
     def render(
@@ -319,10 +320,6 @@ class Renderer:
                         pieces.image(lengths.pop(0))
                     pieces.text("" if part.images_only else chunk, supervised=False)
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [self._numbers.get(token, token) for token in ids] if self._numbers else ids
-
     def _encode(self, pieces: _Pieces) -> Rendered:
         ids: list[int] = []
         labels: list[int] = []
@@ -338,8 +335,8 @@ class Renderer:
                     )
                 new, fresh = [self.image_token_id] * int(value), True
             else:
-                text = "\u2581" + str(value) if fresh and self._dummy_space else str(value)
-                new, fresh = self._text_ids(text), False
+                text = "\u2581" + str(value) if fresh and self._said.dummy_space else str(value)
+                new, fresh = self._said.ids(text), False
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
         return Rendered(ids, labels)
