@@ -62,12 +62,14 @@ class Teller:
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
         return len(question) + 100 * len(sizes_hw)
 
-    def answer(
-        self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]], longest: int
-    ) -> list[str]:
+    def prepare(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+        return list(questions), [list(own) for own in images]
+
+    def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+        questions, images = prepared
         self.prompts += questions
-        self.images += [list(own) for own in images]
-        self.max_new_tokens.add(longest)
+        self.images += images
+        self.max_new_tokens.add(max_new_tokens)
         return [self.tell(question) for question in questions]
 
 

@@ -38,7 +38,9 @@ def test_one_question_prints_one_answer(
     assert main([*command(model_folder, picture), "--question", "What is the total?"]) == 0
     shown = capsys.readouterr().out
     answerer = Answerer.load(str(model_folder), device="cpu")
-    expected = answerer.answer(["What is the total?"], [[Image.open(picture)]], 8)[0]
+    expected = answerer.generate(
+        answerer.prepare(["What is the total?"], [[Image.open(picture)]]), 8
+    )[0]
     assert shown == expected + "\n"
 
 
@@ -47,7 +49,7 @@ def test_several_images(
 ) -> None:
     assert main([*command(model_folder, picture, picture), "--question", "Same?"]) == 0
     answerer = Answerer.load(str(model_folder), device="cpu")
-    expected = answerer.answer(["Same?"], [[Image.open(picture)] * 2], 8)[0]
+    expected = answerer.generate(answerer.prepare(["Same?"], [[Image.open(picture)] * 2]), 8)[0]
     assert capsys.readouterr().out == expected + "\n"
 
 

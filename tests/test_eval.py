@@ -77,15 +77,14 @@ class Reader:
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
         return len(question) + 100 * len(sizes_hw)
 
-    def answer(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Sequence[Image.Image]],
-        max_new_tokens: int,
-    ) -> list[str]:
+    def prepare(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+        return list(questions), [list(own) for own in images]
+
+    def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+        questions, images = prepared
         if self.stop_after is not None and len(self.batches) == self.stop_after:
             raise KeyboardInterrupt
-        self.batches.append(list(questions))
+        self.batches.append(questions)
         assert all(image.mode == "RGB" for own in images for image in own)
         return [f"{self.word}{np.asarray(own[0])[0, 0, 0]}" if own else "nothing" for own in images]
 
@@ -294,9 +293,9 @@ def test_blank_images_are_grey_and_of_the_same_size(tmp_path: Path) -> None:
     seen: list[Image.Image] = []
 
     class Keeper(Reader):
-        def answer(self, questions: Any, images: Any, max_new_tokens: int) -> list[str]:
-            seen.extend(image for own in images for image in own)
-            return super().answer(questions, images, max_new_tokens)
+        def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+            seen.extend(image for own in prepared[1] for image in own)
+            return super().generate(prepared, max_new_tokens)
 
     run(document_rows(3), tmp_path, reader=Keeper(), control="blank-images")
     assert {image.size for image in seen} == {(30, 20)}
@@ -479,9 +478,9 @@ def test_batched_answers_equal_answers_one_by_one(model_folder: Path) -> None:
     pictures = [random_image(40, 80), random_image(30, 30), random_image(100, 20)]
     questions = ["What?", "What is written at the top?", "How much <|user|> is it?", "Why?", "No"]
     images: list[list[Image.Image]] = [[pictures[0]], [pictures[1]], [], pictures, [pictures[2]]]
-    together = answerer.answer(questions, images, 12)
+    together = answerer.generate(answerer.prepare(questions, images), 12)
     alone = [
-        answerer.answer([question], [own], 12)[0]
+        answerer.generate(answerer.prepare([question], [own]), 12)[0]
         for question, own in zip(questions, images, strict=True)
     ]
     assert together == alone

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from proxyv.cli import run_command
@@ -29,6 +30,7 @@ from proxyv.eval.rescore import main as rescore_main
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import load_rows
 from proxyv.eval.tables import results_table
+from proxyv.eval.team import Team, join_team
 
 __all__ = ["main"]
 
@@ -78,29 +80,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = select(args.tasks)
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
     check_model_name(args.model)
+    team = join_team(cpu=(args.device or "").startswith("cpu") or not torch.cuda.is_available())
     tables = [load_rows(benchmark, args.data) for benchmark in benchmarks]
     answerer = Answerer.load(
         args.model,
         dtype=args.dtype,
         attention=args.attn,
-        device=args.device,
+        device=args.device or _own_gpu(team),
         template=args.template,
     )
     settings = _settings(args.model, answerer, options)
     output = args.output or _default_output(args.model, args.control)
-    open_output(output, settings, overwrite=args.overwrite)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = Console(
+        stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not team.is_first
+    )
+    if team.is_first:
+        open_output(output, settings, overwrite=args.overwrite)
+    team.wait()
     started = time.monotonic()
     place = str(args.data.resolve()) if args.data else None
     tasks = {
         benchmark.name: {
-            **evaluate(benchmark, rows, answerer, options, output, console.print),
+            **evaluate(benchmark, rows, answerer, options, output, console.print, team),
             "data_folder": place,
         }
         for benchmark, rows in zip(benchmarks, tables, strict=True)
     }
     results = _results(args.model, settings, answerer, _earlier_tasks(output) | tasks)
     results["seconds"] = round(time.monotonic() - started, 1)
+    results["hardware"]["processes"] = team.size
+    if not team.is_first:
+        return _report_failures(tasks, console)
     write_json(output / "results.json", results)
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
@@ -108,6 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().print(results_table(results))
     console.print(f"written: {output / 'results.json'}")
     return _report_failures(tasks, console)
+
+
+def _own_gpu(team: Team) -> str | None:
+    """The GPU of one of several processes, None to take the usual device."""
+    return f"cuda:{team.local_rank}" if team.size > 1 and torch.cuda.is_available() else None
 
 
 def _settings(model: str, answerer: Answerer, options: RunOptions) -> dict[str, Any]:

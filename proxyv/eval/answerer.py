@@ -99,20 +99,16 @@ class Answerer:
         lengths = [self.processor.num_image_tokens(size_hw) for size_hw in sizes_hw]
         return len(self.renderer.prompt([user_message(question, len(sizes_hw))], lengths))
 
-    def answer(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Sequence[Image.Image]],
-        max_new_tokens: int,
-    ) -> list[str]:
-        """Answer questions in one batch, each about its own images (none for text alone)."""
+    def prepare(
+        self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, torch.Tensor]:
+        """The batch of questions, each about its own images (none for text alone)."""
         conversations = [
             [user_message(question, len(own))]
             for question, own in zip(questions, images, strict=True)
         ]
-        return self.reply(conversations, images, max_new_tokens)
+        return self.inputs(conversations, images)
 
-    @torch.inference_mode()
     def reply(
         self,
         conversations: Sequence[Iterable[Mapping[str, str]]],
@@ -129,8 +125,16 @@ class Answerer:
         Returns:
             One text for each conversation, without special tokens and outer white space.
         """
-        inputs = self.inputs(conversations, images)
-        tokenizer = self.processor.tokenizer
+        return self.generate(self.inputs(conversations, images), max_new_tokens)
+
+    @torch.inference_mode()
+    def generate(self, prepared: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+        """Answer a batch that `prepare` or `inputs` has made, greedily."""
+        kind = self.model.dtype
+        inputs = {
+            name: tensor.to(self.device, kind if tensor.is_floating_point() else None)
+            for name, tensor in prepared.items()
+        }
         generated = self.model.generate(
             **inputs,
             do_sample=False,
@@ -140,7 +144,7 @@ class Answerer:
             pad_token_id=self._pad_token_id(),
         )
         new = generated[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def inputs(
@@ -148,7 +152,7 @@ class Answerer:
         conversations: Sequence[Iterable[Mapping[str, str]]],
         images: Sequence[Sequence[Image.Image]],
     ) -> dict[str, torch.Tensor]:
-        """Build the left-padded batch; text alone brings no pixels."""
+        """Build the left-padded batch, on the CPU; text alone brings no pixels."""
         flat = [image for own in images for image in own]
         pixels: dict[str, torch.Tensor] = self.processor.image_inputs(flat) if flat else {}
         lengths = iter(self.processor.token_counts(pixels) if flat else [])
@@ -161,11 +165,7 @@ class Answerer:
         input_ids = [[pad] * (longest - len(row)) + row for row in rows]
         attention = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         batch = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(attention)}
-        batch |= pixels
-        return {
-            name: tensor.to(self.device, self.model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in batch.items()
-        }
+        return batch | pixels
 
     def _pad_token_id(self) -> int:
         pad = self.processor.tokenizer.pad_token_id

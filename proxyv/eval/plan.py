@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -23,13 +23,14 @@ class Answering(Protocol):
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
         """Number of input tokens of a question about images of these sizes."""
 
-    def answer(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Sequence[Image.Image]],
-        max_new_tokens: int,
-    ) -> list[str]:
-        """Answer questions in one batch, each about its own images."""
+    def prepare(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+        """What `generate` reads of a batch of questions, each about its own images.
+
+        Other threads call it while the model answers.
+        """
+
+    def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+        """Answer a prepared batch."""
 
 
 @dataclass(frozen=True)

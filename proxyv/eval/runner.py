@@ -1,8 +1,9 @@
 """Run benchmarks on a model: batches in, one JSONL line per sample out, `results.json` at the end.
 
 An output folder holds `settings.json` (what the answers depend on), `<task>.jsonl` and
-`results.json`. A run that was killed goes on where it stopped when it is started again with the
-same settings: the batches are the same, so the answers and scores are the same.
+`results.json`; while several processes run, also `<task>.rank<n>.jsonl`. A run that was killed
+goes on where it stopped when it is started again with the same settings: the batches are the same,
+so the answers and scores are the same.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from rich.progress import (
 )
 
 from proxyv.cli import CommandError
+from proxyv.eval.asking import Asker
 from proxyv.eval.benchmarks import Benchmark, Record
-from proxyv.eval.plan import Answering, Item, item_images, make_batches, make_items, make_record
+from proxyv.eval.plan import Answering, Item, make_batches, make_items
 from proxyv.eval.records import append_records, read_records, rewrite_records, write_json
 from proxyv.eval.sources import Rows
 from proxyv.eval.statistics import bootstrap_interval
+from proxyv.eval.team import ALONE, Team
 
 __all__ = [
     "RunOptions",
@@ -43,6 +46,7 @@ __all__ = [
 ]
 
 SHOWN_KINDS = 5
+WRITTEN = ("*.jsonl", "*.memory.json", "*_for_submission.json")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     """
     path = folder / "settings.json"
     if overwrite:
-        answers = [*folder.glob("*.jsonl"), *folder.glob("*_for_submission.json")]
+        answers = [path for name in WRITTEN for path in folder.glob(name)]
         for old in [path, folder / "results.json", *answers]:
             old.unlink(missing_ok=True)
     if path.is_file():
@@ -104,8 +108,12 @@ def evaluate(
     options: RunOptions,
     output: Path,
     warn: Callable[[str], None],
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Ask every question of a benchmark that the output file does not hold yet, and score all.
+
+    Several processes share the batches; each writes a file of its own, and the first one puts
+    them together. The result does not depend on their number.
 
     Returns:
         The task's entry of ``results.json`` (see `summarise`).
@@ -113,30 +121,56 @@ def evaluate(
     started = time.monotonic()
     indices = chosen_rows(benchmark, rows, options.limit)
     _warn_of_limit(benchmark, rows, indices, warn)
-    reading = track(
-        indices, f"{benchmark.name}: reading", console=Console(stderr=True), transient=True
-    )
+    quiet = Console(stderr=True, quiet=not team.is_first)
+    reading = track(indices, f"{benchmark.name}: reading", console=quiet, transient=True)
     items, failures = make_items(benchmark, rows, reading, answering, options.control, options.seed)
     path = output / f"{benchmark.name}.jsonl"
-    done = _usable_records(path, {item.index: item for item in items})
-    if done:
-        warn(f"{benchmark.name}: resuming, {len(done)} of {len(indices)} samples are in {path}")
-    records = {record["index"]: record for record in [*done, *failures]}
-    rewrite_records(path, records.values())
-    with _progress() as progress:
-        bar = progress.add_task(benchmark.name, total=len(indices), completed=len(records))
-        for batch in make_batches(items, options.batch_size):
-            missing = {item.index for item in batch} - records.keys()
-            if missing:
-                answered = _answer_batch(benchmark, rows, batch, answering)
-                new = [record for record in answered if record["index"] in missing]
-                append_records(path, new)
-                records |= {record["index"]: record for record in new}
-                progress.update(bar, advance=len(new))
-    ordered = [records[index] for index in sorted(records)]
-    write_submission(benchmark, ordered, output, warn)
+    if team.is_first:
+        done = _usable_records(path, {item.index: item for item in items})
+        if done:
+            warn(f"{benchmark.name}: resuming, {len(done)} of {len(indices)} samples are in {path}")
+        _gather(path, [*done, *failures])
+    team.wait()
+    known = {record["index"] for record in read_records(path)}
+    batches = [
+        batch
+        for batch in make_batches(items, options.batch_size)
+        if any(item.index not in known for item in batch)
+    ][team.rank :: team.size]
+    own = _part(path, team.rank) if team.size > 1 else path
+    asker = Asker(benchmark, rows, answering, own.with_suffix(".memory.json"), warn)
+    with _progress(quiet) as progress:
+        bar = progress.add_task(benchmark.name, total=sum(map(len, batches)))
+        for answered in asker.ask(batches):
+            append_records(own, (record for record in answered if record["index"] not in known))
+            progress.update(bar, advance=len(answered))
+    team.wait()
+    if team.is_first:
+        _gather(path, [record for part in _parts(path) for record in read_records(part)])
+    team.wait()
+    ordered = read_records(path)
+    if team.is_first:
+        write_submission(benchmark, ordered, output, warn)
     summary = summarise(benchmark, ordered)
     return {"data": rows.origin, **summary, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _part(path: Path, rank: int) -> Path:
+    """The file of one of several processes."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that hold records of a task: its own, and those of several processes."""
+    return [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]
+
+
+def _gather(path: Path, records: Iterable[Record]) -> None:
+    """Put the records of all files into one, in the order of their rows."""
+    unique = {record["index"]: record for record in records}
+    rewrite_records(path, [unique[index] for index in sorted(unique)])
+    for part in _parts(path)[1:]:
+        part.unlink()
 
 
 def chosen_rows(benchmark: Benchmark, rows: Rows, limit: int | None) -> Sequence[int]:
@@ -203,7 +237,7 @@ def _warn_of_limit(
 def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
     """Records of an earlier run that are answers to the same questions."""
     usable = []
-    for record in read_records(path):
+    for record in (record for part in _parts(path) for record in read_records(part)):
         item = items.get(record["index"])
         if item is None or record["error"] is not None:
             continue  # tried again
@@ -221,37 +255,7 @@ def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
     return usable
 
 
-def _answer_batch(
-    benchmark: Benchmark, rows: Rows, batch: Sequence[Item], answering: Answering
-) -> list[Record]:
-    """Answer one batch; a sample whose image cannot be decoded fails alone."""
-
-    def record(item: Item, **outcome: Any) -> Record:
-        return make_record(
-            benchmark,
-            rows,
-            item.index,
-            sample=item.sample,
-            image_index=item.image_index,
-            **outcome,
-        )
-
-    ready, images, records = [], [], []
-    for item in batch:
-        try:
-            images.append(item_images(benchmark, rows, item))
-            ready.append(item)
-        except ValueError as error:
-            records.append(record(item, error=error))
-    if ready:
-        questions = [item.sample.prompt for item in ready]
-        answers = answering.answer(questions, images, benchmark.max_new_tokens)
-        for item, answer in zip(ready, answers, strict=True):
-            records.append(record(item, answer=answer))
-    return records
-
-
-def _progress() -> Progress:
+def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -260,7 +264,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
 
 

@@ -1,0 +1,172 @@
+"""Ask a model batch by batch: images are read ahead, and what does not fit in memory is cut.
+
+While the model answers one batch, other threads read, decode and cut up the images of the next
+ones. A batch that runs out of memory is asked again in halves; later batches are cut likewise. The
+size found is kept in a file, so that a resumed run cuts its batches as the first one did.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
+
+from proxyv.eval.benchmarks import Benchmark, Record
+from proxyv.eval.plan import Answering, Item, item_images, make_record
+from proxyv.eval.records import write_json
+from proxyv.eval.sources import Rows
+
+__all__ = ["Asker", "read_ahead"]
+
+WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Piece(NamedTuple):
+    """Questions that are asked together, with their images and what the model reads."""
+
+    items: list[Item]
+    images: list[list[Image.Image]]
+    prepared: Any
+
+
+class Loaded(NamedTuple):
+    """A batch that is ready to be asked, and the items of it that cannot be."""
+
+    pieces: list[Piece]
+    failures: list[tuple[Item, ValueError]]
+
+
+def read_ahead(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int = WORKERS
+) -> Generator[Result, None, None]:
+    """Results in the order of the jobs, at most ``workers`` computed ahead by other threads."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        waiting: collections.deque[Future[Result]] = collections.deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Asker:
+    """Turns batches of questions into records.
+
+    Args:
+        benchmark: what the questions are of.
+        rows: its rows.
+        answering: the model.
+        size_file: where the number of questions that fit in memory together is kept.
+        warn: takes one line where that number falls.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        rows: Rows,
+        answering: Answering,
+        size_file: Path,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.benchmark, self.rows, self.answering = benchmark, rows, answering
+        self.size_file, self.warn = size_file, warn
+        self.most: int | None = None
+        if size_file.is_file():
+            self.most = json.loads(size_file.read_text(encoding="utf-8"))["fitting"]
+
+    def ask(self, batches: Iterable[Sequence[Item]]) -> Iterator[list[Record]]:
+        """The records of each batch in turn."""
+        with closing(read_ahead(self._load, batches)) as ready:
+            for loaded in ready:
+                records = [self._record(item, error=error) for item, error in loaded.failures]
+                for piece in loaded.pieces:
+                    records += self._answer(piece)
+                yield records
+
+    def _load(self, batch: Sequence[Item]) -> Loaded:
+        """Read the images of a batch; an item whose image is bad fails alone."""
+        items, images, failures = [], [], []
+        for item in batch:
+            try:
+                images.append(item_images(self.benchmark, self.rows, item))
+                items.append(item)
+            except ValueError as error:
+                failures.append((item, error))
+        pieces, unusable = self._prepare(items, images)
+        return Loaded(pieces, failures + unusable)
+
+    def _prepare(
+        self, items: Sequence[Item], images: Sequence[list[Image.Image]]
+    ) -> tuple[list[Piece], list[tuple[Item, ValueError]]]:
+        """Cut questions into pieces that fit in memory, and make the model's inputs."""
+        pieces: list[Piece] = []
+        failures: list[tuple[Item, ValueError]] = []
+        most = self.most or max(1, len(items))
+        for start in range(0, len(items), most):
+            part, own = list(items[start : start + most]), list(images[start : start + most])
+            try:
+                prepared = self.answering.prepare([item.sample.prompt for item in part], own)
+                pieces.append(Piece(part, own, prepared))
+            except ValueError as error:
+                if len(part) == 1:
+                    failures.append((part[0], error))
+                    continue
+                for item, image in zip(part, own, strict=True):  # find out which one it is
+                    alone, bad = self._prepare([item], [image])
+                    pieces += alone
+                    failures += bad
+        return pieces, failures
+
+    def _answer(self, piece: Piece) -> list[Record]:
+        if self.most is None or len(piece.items) <= self.most:
+            try:
+                answers = self.answering.generate(piece.prepared, self.benchmark.max_new_tokens)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            else:
+                return [
+                    self._record(item, answer=answer)
+                    for item, answer in zip(piece.items, answers, strict=True)
+                ]
+            # From here on the failed attempt is no longer referred to, and its memory is free.
+            clear_device_cache(garbage_collection=True)
+            if len(piece.items) == 1:
+                item = piece.items[0]
+                reason = f"{item.length} input tokens do not fit in memory, even alone"
+                return [self._record(item, error=ValueError(reason))]
+            self._reduce(len(piece.items) // 2)
+        pieces, failures = self._prepare(piece.items, piece.images)
+        records = [self._record(item, error=error) for item, error in failures]
+        return records + [record for part in pieces for record in self._answer(part)]
+
+    def _reduce(self, most: int) -> None:
+        self.most = most
+        write_json(self.size_file, {"fitting": most})
+        self.warn(f"{self.benchmark.name}: out of memory, going on with {most} questions at a time")
+
+    def _record(self, item: Item, **outcome: Any) -> Record:
+        return make_record(
+            self.benchmark,
+            self.rows,
+            item.index,
+            sample=item.sample,
+            image_index=item.image_index,
+            **outcome,
+        )
