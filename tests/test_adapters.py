@@ -193,9 +193,11 @@ def test_four_bit_model_with_adapters_is_its_merged_model():
     originals = quantize(model)
     assert len(originals) == 4 * 7
     add_adapters(model, LoraSettings(rank=2, alpha=3.0))
-    plain.load_state_dict(plain_state(model, model.state_dict(), originals), strict=True)
     batch = batch_for(model)
+    rows = batch["attention_mask"].bool()
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(**batch).logits, plain(**batch).logits, rtol=0.05, atol=0.05
-        )
+        small, before = model(**batch).logits[rows], plain(**batch).logits[rows]
+        plain.load_state_dict(plain_state(model, model.state_dict(), originals), strict=True)
+        merged = plain(**batch).logits[rows]
+    away = (small - merged).norm() / merged.norm()  # multiplied in bfloat16
+    assert away < 0.03 and 3 * away < (small - before).norm() / before.norm()
