@@ -1,7 +1,10 @@
 # Sourced by pretrain.sh and finetune.sh, which set stage: finds the preset and the ranks, and runs.
 #
 # Arguments: [preset] [section.name=value ...] [--dry-run]
-# Environment: NPROC, the number of ranks (default: the visible GPUs, or 1 without one).
+# Environment: NPROC, the number of ranks here (default: the visible GPUs, or 1 without one); for
+#   several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or what srun sets (slurm.sh).
+#   Under torchrun (torchrun --no-python ... bash scripts/pretrain.sh PRESET) it is one of the ranks.
+# The exit code is that of the run: 0, 2 for a mistake, 143 when SIGTERM made it save and stop.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

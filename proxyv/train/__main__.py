@@ -4,7 +4,8 @@
     python -m proxyv.train --config configs/tiny/finetune.yaml --dry-run
 
 Starts ``--nproc`` ranks on this machine with torchrun's own launcher; started by torchrun
-itself, it is one of the ranks.
+itself, it is one of the ranks. Several machines: start it on each, with NNODES, NODE_RANK and
+MASTER_ADDR set, or by ``srun`` with one task a node, where SLURM sets what is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 from proxyv.cli import run_command
 from proxyv.train.config_files import describe_settings, load_settings, preset_file
+from proxyv.train.nodes import find_nodes
 from proxyv.train.settings import Settings
 
 
@@ -54,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         from proxyv.train.dry_run import dry_run
 
-        print(dry_run(settings, options.nproc))
+        print(dry_run(settings, options.nproc * find_nodes(os.environ).count))
         return 0
     if "RANK" not in os.environ:
         from proxyv.train.launch import launch
 
-        return launch(["--config", str(path), *options.overrides], options.nproc)
+        arguments = ["--config", str(path), *options.overrides]
+        return launch(arguments, options.nproc, find_nodes(os.environ))
     return _work(settings)
 
 

@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 
+from proxyv.train.nodes import Nodes
 from proxyv.train.settings import Settings
 
 __all__ = ["die_with_parent", "first_to_report", "launch", "prepare_rank"]
 
+_SAVE_SECONDS = 900
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _REPORT = "PROXYV_REPORT"  # names a file that the first rank to fail creates
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run ``python -m proxyv.train`` in so many ranks on this machine.
+def launch(arguments: Sequence[str], ranks: int, nodes: Nodes) -> int:
+    """Run ``python -m proxyv.train`` in so many ranks on this machine, one of ``nodes``.
 
     Returns:
         0, the exit code of the rank that failed first, or 128 and the number of the signal that
@@ -40,7 +42,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    options = ["--standalone", f"--nproc-per-node={ranks}", "--module", "proxyv.train"]
+    # A rank that is told to go finishes its step and saves: longer than torchrun's 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_SECONDS))
+    options = [*nodes.options(), f"--nproc-per-node={ranks}", "--module", "proxyv.train"]
     with tempfile.TemporaryDirectory(prefix="proxyv-") as folder:
         os.environ[_REPORT] = str(Path(folder) / "reported")
         try:
