@@ -7,11 +7,12 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from proxyv.data import sources
-from proxyv.data.images import DataError, ImageFolder
+from proxyv.data.images import DataError, ImageFolder, ImageRef
 from proxyv.data.rows import parse_row
 from proxyv.data.sources import JsonSource, open_source
 
@@ -151,6 +152,40 @@ def test_rotated_photographs_come_upright(tmp_path):
     reference = open_source(path, str(tmp_path / "root"))[0].images[0]
     assert reference.load().size == (10, 20)
     assert reference.size_hw() == (20, 10)
+
+
+def test_transparent_deep_and_plain_images_come_as_the_processor_has_them():
+    def decoded(image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return ImageFolder(None).decode(file.getvalue())
+
+    clear = decoded(Image.new("RGBA", (3, 2), (200, 0, 0, 0)))
+    assert (clear.mode, clear.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+    deep = decoded(Image.fromarray(np.full((2, 3), 128 * 257, dtype=np.uint16)))
+    assert deep.getpixel((1, 1)) == (128, 128, 128)
+    assert decoded(Image.new("RGB", (3, 2), (1, 2, 3))).getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])
+def test_damaged_files_of_every_form_raise_nothing_else(form):
+    random = np.random.default_rng(0)
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(file, form)
+    whole, failed = np.frombuffer(file.getvalue(), np.uint8), 0
+    for number in range(100):
+        damaged = whole.copy()
+        reach = len(whole) if number % 2 else min(len(whole), 100)
+        damaged[random.integers(0, reach, 4)] = random.integers(0, 256, 4)
+        cut = damaged[: random.integers(1, len(whole))] if number % 4 == 0 else damaged
+        reference = ImageRef(ImageFolder(None, 4.0), cut.tobytes(), "row 1")
+        try:
+            reference.load()
+        except DataError as error:
+            failed += 1
+            assert error.kind in ("corrupt image", "image too large")
+            assert str(error).startswith("row 1, field 'image': ")
+    assert failed > 10
 
 
 @pytest.mark.parametrize("feature", [True, False])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from proxyv.model.images import to_rgb
 
 __all__ = ["FAULTS", "DataError", "ImageFolder", "ImageRef"]
 
@@ -43,6 +46,14 @@ class DataError(ValueError):
         self.kind = kind
 
 
+_CORRUPT = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What PIL raises for a file that is damaged."""
+
+
+class _Outside(ValueError):
+    """A path that an image folder does not lead to."""
+
+
 class _TooLarge(ValueError):
     """An image with more pixels than allowed."""
 
@@ -69,18 +80,18 @@ class ImageFolder:
             FileNotFoundError: there is no such file.
         """
         if self.root is None:
-            raise ValueError(
+            raise _Outside(
                 f"path {relative!r} given but no image folder: set data.images to the folder that "
                 "the paths are relative to"
             )
         parts = Path(relative).parts
         if Path(relative).is_absolute() or ".." in parts or not parts:
-            raise ValueError(
+            raise _Outside(
                 f"path {relative!r} must be relative and stay inside the image folder {self.root}"
             )
         path = self.root / relative
         if not self.follow_links and not path.resolve().is_relative_to(self.root.resolve()):
-            raise ValueError(
+            raise _Outside(
                 f"path {relative!r} leads out of the image folder {self.root} through a symbolic "
                 "link; set data.follow_links=true if that is meant"
             )
@@ -89,11 +100,12 @@ class ImageFolder:
         return path
 
     def decode(self, image: str | bytes) -> Image.Image:
-        """Decode an image, given by its path in the folder or by its bytes, upright and in RGB."""
+        """Decode an image, given by its path in the folder or by its bytes; see ``to_rgb``."""
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
         with opened:
             self._check_size(opened.size)
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            opened.load()  # a plain RGB image is passed on as it is, and its file closed
+            return to_rgb(opened)
 
     def size_hw(self, image: str | bytes) -> tuple[int, int]:
         """Height and width of an image from its header alone."""
@@ -146,21 +158,15 @@ class ImageRef:
         try:
             return read(self.image)
         except FileNotFoundError as error:
-            text, kind, cause = str(error), "missing image", error
+            kind, text, cause = "missing image", str(error), error
         except UnidentifiedImageError as error:
-            text, kind, cause = (
-                f"{name} is not an image that can be read (corrupt?)",
-                "corrupt image",
-                error,
-            )
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            text, kind, cause = (
-                f"{name} cannot be decoded (corrupt?): {error}",
-                "corrupt image",
-                error,
-            )
+            kind, cause = "corrupt image", error
+            text = f"{name} is not an image that can be read (corrupt?)"
         except _TooLarge as error:
-            text, kind, cause = str(error), "image too large", error
-        except ValueError as error:
-            text, kind, cause = str(error), "image outside its folder", error
+            kind, text, cause = "image too large", str(error), error
+        except _Outside as error:
+            kind, text, cause = "image outside its folder", str(error), error
+        except _CORRUPT as error:
+            kind, cause = "corrupt image", error
+            text = f"{name} cannot be decoded (corrupt?): {error}"
         raise DataError(f"{self.where}, field 'image': {text}", kind) from cause

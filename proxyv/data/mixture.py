@@ -71,13 +71,13 @@ class MixtureSource:
         weights: Sequence[float],
     ) -> None:
         self.sources = list(sources)
-        self._parts, self._rows = [], []
-        for number, (source, chosen, weight) in enumerate(zip(sources, rows, weights, strict=True)):
-            taken = _taken(len(source), chosen, weight, number)
-            self._rows.append(taken)
-            self._parts.append(np.full(len(taken), number, dtype=np.int32))
-        self._row = np.concatenate(self._rows)
-        self._part = np.concatenate(self._parts)
+        entries = enumerate(zip(sources, rows, weights, strict=True))
+        taken = [
+            _taken(len(source), chosen, weight, number)
+            for number, (source, chosen, weight) in entries
+        ]
+        self._row = np.concatenate(taken)
+        self._part = np.repeat(np.arange(len(taken), dtype=np.int32), [len(t) for t in taken])
         if not len(self._row):
             raise ValueError("the mixture has no rows: raise a weight or list rows")
 
