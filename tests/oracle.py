@@ -55,10 +55,15 @@ def sees_in_ordinary_layer(query: Token, key: Token) -> bool:
     return key.position <= query.position
 
 
-def image_features(weights: Mapping[str, Tensor], tower: Any, config: Any, pixels: Tensor):
-    """(C, 3, height, width) -> (C, s*s, D): stock tower, projector by hand."""
+def image_features(
+    weights: Mapping[str, Tensor], tower: Any, config: Any, pixels: Tensor, pool: int = 1
+):
+    """(C, 3, height, width) -> (C, (s/pool)^2, D): stock tower, pool, projector by hand."""
     states = tower(pixels, output_hidden_states=True).hidden_states
     x = states[config.vision_feature_layer][:, 1:]
+    side = math.isqrt(x.shape[1])
+    grid = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (side, side)), pool)
+    x = grid.flatten(2).transpose(1, 2)
     for name in ("linear_1", "linear_2"):
         weight = weights[f"model.multi_modal_projector.{name}.weight"]
         x = x @ weight.T + weights[f"model.multi_modal_projector.{name}.bias"]
@@ -66,9 +71,13 @@ def image_features(weights: Mapping[str, Tensor], tower: Any, config: Any, pixel
     return x
 
 
-def lay_out(ids: list[int], crops: list[int], config: Any) -> tuple[list[Token], list[int]]:
-    """Tokens of the natural sequence, and the position where each image starts."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
+def lay_out(
+    ids: list[int], shapes: list[tuple[int, int]], config: Any
+) -> tuple[list[Token], list[int]]:
+    """Tokens of the natural sequence, and the position where each image starts.
+
+    ``shapes`` are crops and full tokens of a crop, for each image.
+    """
     tokens, starts = [], []
     image, column = 0, 0
     while column < len(ids):
@@ -77,13 +86,14 @@ def lay_out(ids: list[int], crops: list[int], config: Any) -> tuple[list[Token],
             column += 1
             continue
         starts.append(column)
-        for crop in range(crops[image]):
-            for _ in range(side * side):
-                tokens.append(Token("full", column))
+        crops, per_crop = shapes[image]
+        for crop in range(crops):
+            for _ in range(per_crop):
+                tokens.append(Token("full", column, image))
                 column += 1
             position = column
             if config.layout == "released" and crop > 0:
-                position -= side * side + 1
+                position -= per_crop + 1
             tokens.append(Token("newline", position))
             column += 1
         image += 1
@@ -167,39 +177,39 @@ class Oracle:
         out = x[queries] + self.attention(index, h, queries, tokens, rule)
         return self.feed_forward(index, out)
 
-    def make_proxies(self, full: Tensor, side: int) -> Tensor:
-        """(C*s*s, D) -> (C*(s/r)^2, D)."""
-        r = self.config.side_reduction
-        grid = full.view(-1, side, side, full.shape[-1]).permute(0, 3, 1, 2)
+    def make_proxies(self, image: Tensor) -> Tensor:
+        """One image's full tokens (C, s*s, D) -> (C*(s/r)^2, D)."""
+        r, side = self.config.side_reduction, math.isqrt(image.shape[1])
+        grid = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         if self.config.downsample == "average":
             small = F.avg_pool2d(grid, r)
         else:
             small = F.interpolate(grid, scale_factor=1 / r, mode="bilinear", align_corners=False)
-        return small.permute(0, 2, 3, 1).reshape(-1, full.shape[-1])
+        return small.permute(0, 2, 3, 1).reshape(-1, image.shape[-1])
 
-    def learn_proxies(self, index: int, full: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """(C*s*s, D) -> proxies (C*m, D) and each token's shares of its crop's (C*s*s, m)."""
+    def learn_proxies(self, index: int, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, n, D) -> proxies (C*m, D) and each token's shares of its crop's (C*n, m)."""
         queries = self.weights[f"model.language_model.layers.{index}.proxy_initializer.queries"]
         keys = self.layer(index, "proxy_initializer.key_proj")
         proxies, shares = [], []
-        for crop in full.split(side * side):
-            scores = queries @ (crop @ keys.T).T / math.sqrt(queries.shape[1])  # (m, s*s)
+        for crop in image:
+            scores = queries @ (crop @ keys.T).T / math.sqrt(queries.shape[1])  # (m, n)
             proxies.append(scores.softmax(-1) @ crop)
             shares.append(scores.T.softmax(-1))
         return torch.cat(proxies), torch.cat(shares)
 
-    def context(self, number: int, proxies: Tensor, shares: Tensor | None, side: int) -> Tensor:
-        """What the proxies tell one full token: the one that covers it, or its mixture of them."""
-        crop, place = divmod(number, side * side)
+    def context(self, number: int, proxies: Tensor, shares: Tensor | None, per_crop: int) -> Tensor:
+        """What an image's proxies tell one full token: its own one, or its mixture of them."""
+        crop, place = divmod(number, per_crop)
         if shares is not None:
             m = shares.shape[1]
             return shares[number] @ proxies[crop * m : (crop + 1) * m]
-        r = self.config.side_reduction
+        r, side = self.config.side_reduction, math.isqrt(per_crop)
         y, z = divmod(place, side)
         return proxies[crop * (side // r) ** 2 + (y // r) * (side // r) + z // r]
 
-    def guided_update(self, index: int, full: Tensor, proxies: Tensor, shares, side: int) -> Tensor:
-        """Token by token."""
+    def guided_update(self, index: int, full: Tensor, proxies: Tensor, shares, per_crop: int):
+        """One image, token by token."""
         merge = torch.cat(
             [
                 self.layer(index, "guided_update.merge_input"),
@@ -209,7 +219,7 @@ class Oracle:
         )
         out = []
         for number, x in enumerate(full):
-            proxy = self.context(number, proxies, shares, side)
+            proxy = self.context(number, proxies, shares, per_crop)
             joined = torch.cat(
                 [
                     self.layer(index, "guided_update.input_proj") @ x,
@@ -226,14 +236,14 @@ class Oracle:
 
         Args:
             ids: natural sequence with image tokens.
-            features: for each image (C, s*s, D).
+            features: for each image (C, s*s, D); ``s`` may differ.
 
         Returns:
             Logits (S, vocabulary); rows of full tokens are NaN. And the tokens.
         """
         config = self.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        tokens, starts = lay_out(ids, [len(image) for image in features], config)
+        shapes = [(image.shape[0], image.shape[1]) for image in features]
+        tokens, starts = lay_out(ids, shapes, config)
         vision = [
             row
             for image in features
@@ -253,7 +263,7 @@ class Oracle:
         for index in range(start):
             x = self.attend(index, x, list(range(len(x))), tokens, sees_in_ordinary_layer)
         if start < depth:
-            x = self.run_proxyv_layers(start, x, tokens, starts, features, side)
+            x = self.run_proxyv_layers(start, x, tokens, starts, shapes)
         x = rms_norm(x, self.weights["model.language_model.norm.weight"], self.text.rms_norm_eps)
         logits = x @ self.weights["lm_head.weight"].T
         if start < depth:
@@ -261,28 +271,39 @@ class Oracle:
             logits = logits.masked_fill(hidden[:, None], math.nan)
         return logits, tokens
 
-    def run_proxyv_layers(self, start, x, tokens, starts, features, side) -> Tensor:
+    def run_proxyv_layers(self, start, x, tokens, starts, shapes) -> Tensor:
         """(S, D) -> (S, D) through all layers from ``start`` on."""
-        is_full = [i for i, token in enumerate(tokens) if token.kind == "full"]
         others = [i for i, token in enumerate(tokens) if token.kind != "full"]
-        shares = None
-        if self.config.proxy_kind == "learned":
-            proxies, shares = self.learn_proxies(start, x[is_full], side)
-        else:
-            proxies = self.make_proxies(x[is_full], side)
-        per_crop = len(proxies) // sum(len(image) for image in features)
+        fulls = [
+            [i for i, token in enumerate(tokens) if token.kind == "full" and token.image == which]
+            for which in range(len(shapes))
+        ]
+        made = []
+        for rows, (crops, per_crop) in zip(fulls, shapes, strict=True):
+            image = x[rows].view(crops, per_crop, -1)
+            if self.config.proxy_kind == "learned":
+                made.append(self.learn_proxies(start, image))
+            else:
+                made.append((self.make_proxies(image), None))
+        proxies = [rows for rows, _ in made]
         proxy_tokens = [
             Token("proxy", first + number, which)
-            for which, (first, image) in enumerate(zip(starts, features, strict=True))
-            for number in range(len(image) * per_crop)
+            for which, (first, rows) in enumerate(zip(starts, proxies, strict=True))
+            for number in range(len(rows))
         ]
         for index in range(start, self.text.num_hidden_layers):
-            everything = torch.cat([x, proxies])
-            all_tokens = [*tokens, *proxy_tokens]
+            everything = torch.cat([x, *proxies])
             queries = [*others, *range(len(x), len(everything))]
-            out = self.attend(index, everything, queries, all_tokens, self.sees)
-            proxies = out[len(others) :]
-            full = self.guided_update(index, x[is_full], proxies, shares, side)
-            order = torch.tensor([*others, *is_full]).argsort()
-            x = torch.cat([out[: len(others)], full])[order]
+            out = self.attend(index, everything, queries, [*tokens, *proxy_tokens], self.sees)
+            light, proxies = (
+                out[: len(others)],
+                list(out[len(others) :].split([len(rows) for rows in proxies])),
+            )
+            rows = [light]
+            for which, (_, per_crop) in enumerate(shapes):
+                shares = made[which][1]
+                full = x[fulls[which]]
+                rows.append(self.guided_update(index, full, proxies[which], shares, per_crop))
+            order = torch.tensor([*others, *(row for rows in fulls for row in rows)]).argsort()
+            x = torch.cat(rows)[order]
         return x
