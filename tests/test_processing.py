@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import tiny_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -15,6 +18,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv import ProxyVProcessor
+from proxyv.model.crops import image_grids
 from proxyv.model.processing import crop_layout, num_image_tokens, to_rgb
 
 PX, PATCH = 28, 7
@@ -233,7 +237,141 @@ def test_images_of_every_kind_become_upright_rgb(tmp_path) -> None:
     exif[0x0112] = 6
     image.save(turned, exif=exif)
     assert to_rgb(turned).size == (4, 6)
-    alpha = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert to_rgb(alpha).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.full((2, 2), 65535, dtype=np.uint16))
-    assert to_rgb(deep).getpixel((0, 0)) == (255, 255, 255)
+
+
+WHITE, GREY = (255, 255, 255), (128, 128, 128)
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "pixel"),
+    [
+        (Image.new("RGBA", (6, 4), (255, 0, 0, 0)), "png", WHITE),
+        (Image.new("LA", (6, 4), (0, 0)), "png", WHITE),
+        (transparent_palette(), "png", WHITE),
+        (Image.new("P", (6, 4), 0), "gif", (0, 0, 0)),
+        (Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16)), "png", WHITE),
+        (Image.fromarray(np.full((4, 6), 128 * 257, dtype=np.uint16)), "png", GREY),
+        (Image.fromarray(np.full((4, 6), 200, dtype=np.uint16)), "png", (1, 1, 1)),
+        (Image.new("L", (6, 4), 128), "png", GREY),
+        (Image.new("1", (6, 4), 1), "png", WHITE),
+        (Image.new("CMYK", (6, 4), (0, 0, 0, 0)), "tiff", WHITE),
+        (Image.new("CMYK", (6, 4), (0, 0, 0, 255)), "jpg", (0, 0, 0)),
+    ],
+)
+def test_an_image_is_the_same_from_a_file_and_as_people_see_it(
+    tmp_path, image, suffix, pixel
+) -> None:
+    path = tmp_path / f"image.{suffix}"
+    image.save(path)
+    for source in (path, str(path), Image.open(path), image):
+        opened = to_rgb(source)
+        assert (opened.mode, opened.size, opened.getpixel((3, 2))) == ("RGB", (6, 4), pixel)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "green", "blue")]
+    for suffix in ("gif", "webp", "png"):
+        path = tmp_path / f"moving.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        for source in (path, Image.open(path)):
+            assert to_rgb(source).getpixel((1, 1)) == (255, 0, 0), suffix
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotation_marks_are_followed(tmp_path, orientation) -> None:
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste("black", (0, 0, 16, 8))  # the dark quarter is top left when upright
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright.transpose(inverse[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert to_rgb(tmp_path / "turned.png").tobytes() == upright.tobytes()
+
+
+def test_arrays_of_every_kind() -> None:
+    image = picture(4, 6)
+    pixels = np.asarray(image)
+    alike = [
+        pixels.astype(np.int64),
+        pixels.astype(np.uint16) * 257,
+        pixels / 255,
+        torch.from_numpy(pixels / 255).permute(2, 0, 1),
+        np.concatenate([pixels, np.full((4, 6, 1), 255, np.uint8)], axis=-1),
+    ]
+    for array in alike:
+        assert to_rgb(array).tobytes() == image.tobytes()
+    for shape in ((1, 1, 3), (1, 7, 3), (7, 1, 3), (3, 9, 7), (1, 9, 7), (9, 7), (9, 7, 1)):
+        height, width = (shape[1:] if shape in ((3, 9, 7), (1, 9, 7)) else shape)[:2]
+        assert to_rgb(np.zeros(shape, np.uint8)).size == (width, height)
+    with pytest.raises(ValueError, match=r"float64 holds -255.0 to -255.0"):
+        to_rgb(np.full((2, 2, 3), -1.0))
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\)"):
+        to_rgb(np.zeros((2, 2, 2), np.uint8))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(sizes, st.sampled_from([("pad", "crops"), ("anyres", "crops"), ("anyres", "llava_next")]))
+def test_processor_and_model_count_the_same_tokens(processor, size, how) -> None:
+    """Without any pixels: what the processor writes is what the model expects."""
+    ratio, packing = how
+    config = tiny_config(
+        vision={"image_size": PX, "patch_size": PATCH},
+        image_grid_pinpoints=PINPOINTS,
+        start_layer=None if packing == "llava_next" else 1,
+        packing=packing,
+    )
+    processor = copy.copy(processor)
+    processor.packing = packing
+    crops = processor.crop_layout(size, ratio).num_crops
+    pixels = torch.zeros(1, 13, 3, PX, PX, device="meta")
+    counts, where = torch.tensor([crops]), torch.tensor([size])
+    (grid,) = image_grids(config, pixels, counts, where)
+    assert grid.num_crops == crops
+    assert grid.num_tokens == processor.num_image_tokens(size, ratio)
+    assert [grid.num_tokens] == processor.token_counts({"num_crops": counts, "image_sizes": where})
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 5000), (5000, 1), (2, 3), pytest.param((5000, 5000), marks=pytest.mark.slow)],
+)
+def test_extreme_images_are_cut_as_counted(processor, size) -> None:
+    image = Image.new("RGB", size[::-1], (200, 100, 50))
+    for ratio in ("pad", "anyres"):
+        inputs = processor.image_inputs(image, ratio)
+        assert inputs["num_crops"].tolist() == [processor.crop_layout(size, ratio).num_crops]
+        assert bool(torch.isfinite(inputs["pixel_values"]).all())
+
+
+def test_videos_beside_images_in_the_order_of_the_texts() -> None:
+    processor = make_processor(image_aspect_ratio="anyres")
+    clip = [picture(20, 30, seed) for seed in range(3)]
+    array = np.stack([np.asarray(frame) for frame in clip[:2]])
+    inputs = processor(
+        text=["a<video>b<image>", "plain", "<image><video>c"],
+        images=[picture(40, 60), picture(60, 40)],
+        videos=[clip, array],
+        padding=True,
+        return_tensors="pt",
+    )
+    crops = [processor.crop_layout(size).num_crops for size in ((40, 60), (60, 40))]
+    assert inputs["num_crops"].tolist() == [3, crops[0], crops[1], 2]
+    assert inputs["pool_sizes"].tolist() == [2, 1, 1, 2]
+    assert inputs["image_sizes"].tolist() == [[20, 30], [40, 60], [60, 40], [20, 30]]
+    frame = (SIDE // 2) ** 2 + 1
+    whole = SIDE**2 + 1
+    counts = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert counts == [3 * frame + crops[0] * whole, 0, crops[1] * whole + 2 * frame]
+    for number, one in enumerate(clip):
+        alone = processor.image_inputs(one, "pad")["pixel_values"][0, 0]
+        assert torch.equal(inputs["pixel_values"][0, number], alone)
+    literal = processor(text="<video>", return_tensors="pt")
+    assert literal["input_ids"].shape[1] == len("<video>")  # without videos it is just text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,29 +15,60 @@ __all__ = ["flatten_images", "flatten_videos", "stack_crops", "to_rgb"]
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Open an image (PIL image, array, path or address) upright and in RGB.
+    """Open an image upright and in RGB.
 
     Rotation marks are followed, transparent parts become white, 16 bits are scaled to 8, and an
     animation gives its first frame. A plain RGB image stays as it is.
+
+    Args:
+        image: a PIL image, a path, an address (http or base64), or an array or tensor (height,
+            width[, channels]) or (channels, height, width) of bytes, 16-bit integers, or floating
+            point numbers from 0 to 1.
+
+    Raises:
+        ValueError: an array of another shape or range.
+        OSError: a file that is not there or holds no image.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
-            array = array.transpose(1, 2, 0)
-        image = Image.fromarray(array.squeeze().astype(np.uint8))
+        image = _from_array(np.asarray(image))
     elif not isinstance(image, Image.Image):
-        image = load_image(str(image))
+        local = isinstance(image, Path) or Path(str(image)[:4096]).is_file()
+        image = Image.open(image) if local else load_image(str(image))
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; converting would clip them to white
+    if image.mode == "I" or image.mode.startswith("I;16"):  # converting would clip it to white
         deep = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(
-            (deep / 257 if deep.max(initial=0) > 255 else deep).astype(np.uint8)
-        )
+        scale = 257 if image.mode != "I" or deep.max(initial=0) > 255 else 1
+        image = Image.fromarray((deep / scale).clip(0, 255).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """A PIL image of an array, channels first or last."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ValueError(
+            f"an image has shape {array.shape}: expected (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1, 3 or 4 channels"
+        )
+    if array.dtype == np.uint16:
+        array = (array / 257).round()
+    elif array.dtype.kind == "f":
+        array = array * 255.0
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    if not (0 <= array.min(initial=0) and array.max(initial=0) <= 255):
+        raise ValueError(
+            f"an image of type {array.dtype} holds {array.min()} to {array.max()}: expected bytes "
+            "from 0 to 255, 16-bit integers, or floating point numbers from 0 to 1"
+        )
+    return Image.fromarray(array.round().astype(np.uint8))
 
 
 def stack_crops(cuts: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> dict[str, Any]:
