@@ -71,26 +71,45 @@ def moved(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name].float(), after[name].float())}
 
 
+def two_ranks(world: Path, *arguments: str) -> str:
+    """Run the job of two gloo ranks; its output."""
+    words = ["--standalone", "--nproc-per-node", "2", "tests/two_ranks.py", str(world), *arguments]
+    path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def two_stages(world) -> dict[str, Path]:
-    """Both stages, two steps each, on two gloo ranks with ZeRO-2 and text-only rows among them."""
-    folders = {stage: world / stage for stage in STAGES}
-    for stage, folder in folders.items():
-        more = {"run.output_dir": folder, **SHORT, "optim.micro_batch": 1}
-        if stage == "finetune":
-            more["model.init_from"] = folders["pretrain"]
-        done = command(world, stage, ranks=2, **more)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (world / f"{stage}.out").write_text(done.stdout + done.stderr)
-    return folders
+    """Both stages, two steps each, with ZeRO-2 and text-only rows among them, and more runs."""
+    (world / "job.out").write_text(two_ranks(world))
+    return {stage: world / stage for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def every_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("every")
+    make_backbones(folder)
+    make_rows(folder, 8, text_only=4)
+    two_ranks(folder, "--all")
+    return folder
 
 
 def test_a_run_says_what_it_does(two_stages, world):
-    text = (world / "pretrain.out").read_text()
+    text = (world / "job.out").read_text().partition("done in")[0]
     assert "batch 4 = 2 ranks x 1 rows x 2 accumulated; 2 steps" in text
     assert "vision_tower" in text and "frozen" in text
     assert "tokens/s" in text and "% supervised" in text
-    assert "Traceback" not in text and "Warning" not in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -99,7 +118,11 @@ def test_metrics_and_settings_lie_beside_the_run(two_stages, stage):
     entries = metrics(folder)
     assert [entry["step"] for entry in entries] == [1, 2]
     for entry in entries:
-        assert entry["tokens_per_second"] > 0
+        assert entry["tokens_per_second"] > 0 and entry["tflops_per_second"] > 0
+        parts = [value for key, value in entry.items() if key.startswith("grad_norm_")]
+        assert len(parts) == (5 if stage == "finetune" else 3)
+        assert sum(norm**2 for norm in parts) ** 0.5 == pytest.approx(entry["grad_norm"], rel=1e-3)
+        assert entry["skipped_steps"] == entry["failed_rows"] == 0
         assert 0 < entry["supervised_share"] < 1
         assert entry["lr_proxyv"] > 0
     settings = load_settings(folder / "run.yaml")
@@ -213,22 +236,39 @@ def test_two_ranks_with_deepspeed_do_what_one_process_does(
         assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_zero3_gives_the_weights_of_zero2(two_stages, world, tmp_path, stage):
-    more = {"run.output_dir": tmp_path / stage, **SHORT, "optim.micro_batch": 1}
-    if stage == "finetune":
-        more["model.init_from"] = two_stages["pretrain"]
-    zero3 = {"deepspeed.config": "configs/deepspeed/zero3.json"}
-    done = command(world, stage, ranks=2, **more, **zero3)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, other = (
-        AutoModelForImageTextToText.from_pretrained(folder).state_dict()
-        for folder in (two_stages[stage], tmp_path / stage)
+def check_alike(one: Path, other: Path, **tolerance: float) -> None:
+    """The same losses and norms, and the same weights after loading."""
+    for entry, like in zip(metrics(one), metrics(other), strict=True):
+        for key in ("loss", "grad_norm", "grad_norm_proxyv", "grad_norm_projector"):
+            assert entry[key] == pytest.approx(like[key], rel=tolerance.get("rtol", 0) or None)
+    weights, others = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (one, other)
     )
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], msg=name, **tolerance)
+
+
+def test_zero2_goes_on_where_it_was_stopped(two_stages, world):
+    """One rank is told to go; both save, stop, and go on as if nothing had been."""
+    check_alike(world / "stopped-zero2", two_stages["finetune"], rtol=0, atol=0)
+    said = (world / "job.out").read_text()
+    assert said.count("stopped by signal 15 after step 1") == 4
+    assert f"going on from {world / 'stopped-zero2' / 'checkpoint-1'}" in said
+
+
+def test_zero3_stopped_and_resumed_gives_the_weights_of_zero2(two_stages, world):
+    check_alike(world / "stopped-zero3", two_stages["finetune"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_kind_of_sharding_gives_the_same_model(every_run):
+    near = {"rtol": 1e-3, "atol": 1e-4}
+    check_alike(every_run / "pretrain-zero3", every_run / "pretrain", **near)
+    for name in ("zero1", "offload-zero2", "offload-zero3"):
+        check_alike(every_run / name, every_run / "finetune", **near)
+    check_alike(every_run / "lora-zero3", every_run / "lora-zero2", **near)
+    assert (every_run / "lora-zero3" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_parts_and_groups(world):

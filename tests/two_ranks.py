@@ -1,0 +1,90 @@
+"""What two gloo ranks do in one job, for test_train.py: started by torchrun, once for all of it.
+
+    torchrun --standalone --nproc-per-node 2 tests/two_ranks.py FOLDER [--all]
+
+Every run is small; FOLDER holds backbones and rows. A run that is stopped is told to by SIGTERM on
+the second rank alone, and is then started again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+from small_training import overrides
+from test_resume import At
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from proxyv.train import run
+from proxyv.train.config_files import load_settings
+from proxyv.train.launch import prepare_rank
+from proxyv.train.settings import Settings
+from proxyv.train.signals import Interrupted
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = int(os.environ.get("RANK", "0"))
+SHORT = {"optim.warmup_ratio": 0, "model.dtype": "float32", "optim.micro_batch": 1}
+
+
+def settings_for(world: Path, name: str, stage: str, zero: str, **more: object) -> Settings:
+    values = {
+        **SHORT,
+        "optim.max_steps": 2,
+        "run.output_dir": world / name,
+        "deepspeed.config": f"configs/deepspeed/{zero}.json",
+        **more,
+    }
+    return load_settings(ROOT / f"configs/tiny/{stage}.yaml", overrides(world, **values))
+
+
+def train(settings: Settings, callback: TrainerCallback | None = None) -> None:
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    progress = run.Progress
+    if callback is not None:
+        run.Progress = lambda: callback
+    try:
+        run.train(settings)
+    finally:
+        run.Progress = progress
+
+
+def stop_and_go_on(settings: Settings) -> None:
+    """Stopped after step 1 by the second rank, and started again."""
+    told = At(1, lambda: os.kill(os.getpid(), signal.SIGTERM) if RANK == 1 else None)
+    try:
+        train(settings, told)
+    except Interrupted as stopped:
+        print(f"rank {RANK}: {stopped}", flush=True)
+    else:
+        raise AssertionError("the run was not stopped")
+    train(settings)
+
+
+def main(world: Path, everything: bool) -> None:
+    os.chdir(ROOT)
+    first = settings_for(world, "pretrain", "pretrain", "zero2")
+    prepare_rank(first)
+    train(first)
+    start = {"model.init_from": world / "pretrain"}
+    train(settings_for(world, "finetune", "finetune", "zero2", **start))
+    stop_and_go_on(settings_for(world, "stopped-zero2", "finetune", "zero2", **start))
+    stop_and_go_on(settings_for(world, "stopped-zero3", "finetune", "zero3", **start))
+    if not everything:
+        return
+    stop_and_go_on(settings_for(world, "pretrain-zero3", "pretrain", "zero3"))
+    lora = {**start, "lora.rank": 4, "optim.lr": 1e-2}
+    train(settings_for(world, "lora-zero2", "finetune", "zero2", **lora))
+    train(settings_for(world, "lora-zero3", "finetune", "zero3", **lora))
+    train(settings_for(world, "zero1", "finetune", "zero1", **start))
+    train(settings_for(world, "offload-zero2", "finetune", "zero2-offload", **start))
+    train(settings_for(world, "offload-zero3", "finetune", "zero3-offload", **start))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), everything="--all" in sys.argv)
