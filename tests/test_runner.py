@@ -213,9 +213,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_documents(folder: Path, count: int) -> Path:
-    rows = document_rows(count)
+    rows = [
+        {**row, "questionId": str(index), "docId": index}
+        for index, row in enumerate(document_rows(20) * (count // 20 + 1))
+    ][:count]
     for index, row in enumerate(rows):
-        row["image"]["bytes"] = png(index % 200, ((20, 60), (60, 20), (70, 70))[index % 3])
+        shape = ((20, 60), (60, 20), (70, 70))[index % 3]
+        row["image"] = {"bytes": png(index % 200, shape), "path": None}
     save_parquet(folder / "docvqa/validation.parquet", rows)
     return folder
 
