@@ -73,11 +73,26 @@ def make_rows(folder: Path, number: int = 8, text_only: int = 0) -> Path:
             }
         )
     for index in range(text_only):
-        said = [{"from": "human", "value": f"Say {index}."}, {"from": "gpt", "value": f"{index}!"}]
+        mark = "~" if index == 0 else ""  # a character that no other row has
+        said = [
+            {"from": "human", "value": f"Say {index}{mark}."},
+            {"from": "gpt", "value": f"{index}!"},
+        ]
         rows.append({"id": f"text-{index}", "conversations": said})
     path = folder / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
+
+
+def break_token(folder: Path, token: str) -> Path:
+    """A copy of the language model in which one token gives NaN; returns its folder."""
+    model = LlamaForCausalLM.from_pretrained(folder / "language")
+    tokenizer = build_tokenizer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = float("nan")
+    model.save_pretrained(folder / "broken-language")
+    tokenizer.save_pretrained(folder / "broken-language")
+    return folder / "broken-language"
 
 
 def overrides(folder: Path, **more: object) -> list[str]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from small_training import make_backbones, make_rows, overrides
 
 from proxyv.train.nodes import Nodes, find_nodes
 
+ROOT = Path(__file__).resolve().parents[1]
 HAND = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 SLURM = {
     "SLURM_STEP_NUM_NODES": "2",
@@ -52,3 +60,38 @@ def test_slurm(tmp_path, monkeypatch):
 def test_what_is_wrong_is_said(environment, message):
     with pytest.raises(ValueError, match=message):
         find_nodes(environment)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(tmp_path):
+    """Two launches on this machine, each with one rank, find each other and end alike."""
+    make_backbones(tmp_path)
+    make_rows(tmp_path, 8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fixed = {"run.output_dir": tmp_path / "run", "optim.max_steps": 2, "model.dtype": "float32"}
+    words = ["--config", "configs/tiny/pretrain.yaml", *overrides(tmp_path, **fixed)]
+    launches = [
+        subprocess.Popen(
+            [sys.executable, "-m", "proxyv.train", *words],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "NNODES": "2",
+                "NODE_RANK": str(node),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [launch.communicate(timeout=500)[0] for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], said
+    assert "batch 4 = 2 ranks x 2 rows x 1 accumulated; 2 steps" in said[0]
+    assert (tmp_path / "run" / "finished.json").is_file()

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -226,3 +228,18 @@ def test_too_little_space_is_known_before_writing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoints.write(3, lambda folder: (folder / "a").write_bytes(b"3") and None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_twenty_kills_of_the_real_command():
+    done = subprocess.run(
+        [sys.executable, "kills.py", "--kills", "20", "--while-saving", "10"],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = done.stdout.splitlines()[-1]
+    assert int(verdict.split(" kills, ")[1].split()[0]) >= 5, verdict

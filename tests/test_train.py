@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import make_backbones, make_rows, overrides
+from safetensors.torch import load_file
+from small_training import break_token, make_backbones, make_rows, overrides
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from proxyv.cli import run_command
@@ -31,6 +32,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_backbones(folder)
     make_rows(folder, 8, text_only=4)
+    break_token(folder, "~")
     return folder
 
 
@@ -100,6 +102,7 @@ def every_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("every")
     make_backbones(folder)
     make_rows(folder, 8, text_only=4)
+    break_token(folder, "~")
     two_ranks(folder, "--all")
     return folder
 
@@ -204,25 +207,31 @@ def test_overfits_eight_samples(world, monkeypatch, tmp_path):
 
 
 def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
-    """Rows of different lengths: 4 x 1 and 1 x 4 give the same losses, token-weighted.
+    """Rows of different lengths: 8 x 1 = 2 x 4 = 1 x 8, in losses and weights, token-weighted.
 
-    The second run also recomputes its activations.
+    The last run also recomputes its activations.
     """
-    losses = []
-    for micro in (4, 1):
+    losses, weights = [], []
+    for micro in (8, 2, 1):
         settings = settings_for(
             world,
             **{
                 **SHORT,
                 "run.output_dir": tmp_path / str(micro),
                 "deepspeed.config": "null",
+                "optim.global_batch": 8,
                 "optim.micro_batch": micro,
                 "run.gradient_checkpointing": micro == 1,
             },
         )
-        losses.append([entry["loss"] for entry in metrics(in_process(monkeypatch, settings))])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        folder = in_process(monkeypatch, settings)
+        losses.append([entry["loss"] for entry in metrics(folder)])
+        weights.append(load_file(folder / "model.safetensors"))
     assert losses[0][0] != losses[0][1]
+    for other, found in zip(losses[1:], weights[1:], strict=True):
+        assert losses[0] == pytest.approx(other, rel=1e-4)
+        for name, value in weights[0].items():
+            torch.testing.assert_close(value, found[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_two_ranks_with_deepspeed_do_what_one_process_does(
@@ -255,6 +264,15 @@ def test_zero2_goes_on_where_it_was_stopped(two_stages, world):
     said = (world / "job.out").read_text()
     assert said.count("stopped by signal 15 after step 1") == 4
     assert f"going on from {world / 'stopped-zero2' / 'checkpoint-1'}" in said
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_every_rank(two_stages, world):
+    """One row of twelve gives NaN; its step changes nothing, and the run goes on."""
+    entries = metrics(world / "broken")
+    assert [entry["skipped_steps"] for entry in entries][-1] == 1 and len(entries) == 3
+    assert (world / "job.out").read_text().count("not finite") == 1
+    weights = load_file(world / "broken" / "model.safetensors")
+    assert all(value.isfinite().all() for name, value in weights.items() if "embed" not in name)
 
 
 def test_zero3_stopped_and_resumed_gives_the_weights_of_zero2(two_stages, world):

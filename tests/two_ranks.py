@@ -75,6 +75,8 @@ def main(world: Path, everything: bool) -> None:
     train(settings_for(world, "finetune", "finetune", "zero2", **start))
     stop_and_go_on(settings_for(world, "stopped-zero2", "finetune", "zero2", **start))
     stop_and_go_on(settings_for(world, "stopped-zero3", "finetune", "zero3", **start))
+    broken = {"model.language": world / "broken-language", "optim.max_steps": 3}
+    train(settings_for(world, "broken", "pretrain", "zero2", **broken))
     if not everything:
         return
     stop_and_go_on(settings_for(world, "pretrain-zero3", "pretrain", "zero3"))

@@ -1,0 +1,116 @@
+"""What the trainer does with bad steps, bad rows, like rows and trackers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_training import break_token, make_backbones, make_rows, overrides
+
+from proxyv.train import run
+from proxyv.train.config_files import load_settings
+from proxyv.train.group_norms import GroupNorms
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_backbones(folder)
+    make_rows(folder, 8, text_only=4)
+    break_token(folder, "~")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def train(world: Path, folder: Path, **more: object) -> Path:
+    values = {
+        "run.output_dir": folder,
+        "optim.max_steps": 3,  # one pass
+        "model.dtype": "float32",
+        "deepspeed.config": "null",
+        **more,
+    }
+    return run.train(load_settings(ROOT / "configs/tiny/pretrain.yaml", overrides(world, **values)))
+
+
+def metrics(folder: Path) -> list[dict]:
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in entries if "loss" in entry]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, capsys):
+    broken = {"model.language": world / "broken-language"}
+    folder = train(world, tmp_path / "run", **broken)
+    entries = metrics(folder)
+    bad = [
+        e["step"]
+        for e, before in zip(entries, [None, *entries], strict=False)
+        if e["skipped_steps"] > (before["skipped_steps"] if before else 0)
+    ]
+    assert len(bad) == 1 and entries[-1]["skipped_steps"] == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: step {bad[0]}: the loss of these rows is not finite: ")
+    assert "id 'text-0'" in said[0] and said[0].count("rows.json") <= 2  # its micro-batch
+    weights = load_file(folder / "model.safetensors")
+    assert all(value.isfinite().all() for name, value in weights.items() if "embed" not in name)
+
+
+def test_too_many_of_them_stop_the_run(world, tmp_path):
+    broken = {"model.language": world / "broken-language", "run.max_skipped_steps": 1}
+    with pytest.raises(ValueError, match=r"text-0.*1 steps in a row.*run\.max_skipped_steps"):
+        train(world, tmp_path / "run", **broken)
+    assert not (tmp_path / "run" / run.FINISHED).exists()
+
+
+def test_a_row_that_fails_is_left_out_counted_and_listed(world, tmp_path):
+    rows = json.loads((world / "rows.json").read_text())
+    rows[3]["image"] = "images/gone.png"
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    folder = train(world, tmp_path / "run", **{"data.annotations": path, "data.on_failure": "skip"})
+    [line] = (folder / "failures.txt").read_text().splitlines()
+    assert "row 3 (id 'row-3')" in line and "gone.png" in line
+    assert metrics(folder)[-1]["failed_rows"] == 1
+
+
+def test_like_rows_go_together(world, tmp_path):
+    folder = train(world, tmp_path / "run", **{"data.group_by_length": True})
+    assert len(metrics(folder)) == 3
+    [table] = (tmp_path / ".rows").glob("*.npy")
+    written = table.stat().st_mtime_ns
+    again = train(world, tmp_path / "again", **{"data.group_by_length": True})
+    assert table.stat().st_mtime_ns == written
+    assert [e["loss"] for e in metrics(folder)] == [e["loss"] for e in metrics(again)]
+
+
+def test_no_tracker_writes_nothing(world, tmp_path):
+    folder = train(world, tmp_path / "run", **{"run.tracker": "none"})
+    assert not (folder / "metrics.jsonl").exists()
+    assert json.loads((folder / run.FINISHED).read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 100.0])
+def test_group_norms_are_those_before_clipping(limit):
+    one, two = (
+        torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)))
+        for n in (3, 5)
+    )
+    groups = [{"params": [one], "name": "a"}, {"params": [two], "name": "b"}]
+    optimizer = torch.optim.AdamW(groups)
+    norms = GroupNorms(optimizer, lambda: True)
+    (one.pow(2).sum() + two.pow(3).sum()).backward()
+    expected = {"a": one.grad.norm().item(), "b": two.grad.norm().item()}
+    total = torch.nn.utils.clip_grad_norm_([one, two], limit or float("inf")).item()
+    optimizer.step()
+    assert norms.before_clipping(total, limit, None) == pytest.approx(expected, rel=1e-4)
+    assert norms.before_clipping(total, limit, None) == {"a": 0.0, "b": 0.0}
