@@ -24,9 +24,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from transformers import (
-    AutoProcessor,
     AutoTokenizer,
-    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -43,6 +41,7 @@ from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 from proxyv.model.released import is_release, read_tokenizer, read_weights, to_released_config
 from proxyv.model.stage1 import load_stage1, read_stage1, write_stage1
+from proxyv.model.stock import read_stock, suggested_template
 
 __all__ = ["main"]
 
@@ -148,26 +147,8 @@ def _to_release(args: argparse.Namespace) -> str:
 
 def _from_llava_next(args: argparse.Namespace) -> str:
     """A stock LLaVA-NeXT becomes a baseline of this package, with the stock packing."""
-    stock: Any = LlavaNextForConditionalGeneration.from_pretrained(args.source, dtype="auto")
-    raw = stock.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        raw.pop(name, None)
-    config = ProxyVConfig(**raw, start_layer=None, packing="llava_next")
-    model = ProxyVForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=stock.state_dict(), dtype=stock.dtype
-    )
-    model.generation_config = stock.generation_config
-    theirs_processor: Any = AutoProcessor.from_pretrained(args.source)
-    images = LlavaNextImageProcessorPil.from_dict(theirs_processor.image_processor.to_dict())
-    processor = ProxyVProcessor(
-        images,
-        theirs_processor.tokenizer,
-        patch_size=theirs_processor.patch_size or config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=theirs_processor.chat_template,
-        image_token=theirs_processor.image_token,
-        packing="llava_next",
-    )
+    model, processor = read_stock(args.source, dtype="auto")
+    args.template = args.template or suggested_template(processor)
     _save(model, processor, args)
     return "baseline (start_layer=null), packing llava_next"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,14 +15,16 @@ from transformers import AutoConfig
 
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
-from proxyv.data.templates import IMAGE_MARK, Renderer
+from proxyv.data.templates import IMAGE_MARK, TEMPLATES, Renderer
 from proxyv.eval.hub import hub_reachable
 from proxyv.model.released import is_release
+from proxyv.model.stock import read_stock, suggested_template
 
 __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("sdpa", "eager")
+STOCK = "llava_next"
 
 
 def user_message(question: str, num_images: int) -> dict[str, str]:
@@ -77,7 +79,14 @@ class Answerer:
         if attention not in ATTENTION:
             raise CommandError(nearest("attention", attention, ATTENTION))
         check_model_name(name)
-        model = _load_weights(name, DTYPES[dtype], attention).to(place)
+        kind = _model_type(name)
+        options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+        if kind == STOCK:
+            model, processor = read_stock(name, **options)
+            if template == "auto":
+                template = suggested_template(processor) or _no_template(name)
+            return cls(model.to(place), processor, template)
+        model = _load_weights(name, kind, options).to(place)
         return cls(model, ProxyVProcessor.from_pretrained(name), template)
 
     @property
@@ -178,26 +187,36 @@ class Answerer:
         return sorted(ends)
 
 
-def _load_weights(name: str, dtype: torch.dtype, attention: str) -> Any:
-    """Load the model; weights that do not fit the configuration exactly are refused."""
+def _model_type(name: str) -> str:
+    """The type of a model; a release of the authors' counts as one of this package."""
     try:
-        kind = ProxyVConfig.model_type
-        if not is_release(name):
-            kind = AutoConfig.from_pretrained(name).model_type
+        if is_release(name):
+            return ProxyVConfig.model_type
+        return AutoConfig.from_pretrained(name).model_type
     except StrictDataclassError as error:
         raise CommandError(f"--model {name}: invalid config.json ({error})") from error
+
+
+def _no_template(name: str) -> NoReturn:
+    raise CommandError(
+        f"--model {name}: which chat template it wants is not known; name one with --template "
+        f"({', '.join(sorted(TEMPLATES))})"
+    )
+
+
+def _load_weights(name: str, kind: str, options: Mapping[str, Any]) -> Any:
+    """Load the model; weights that do not fit the configuration exactly are refused."""
     if kind != ProxyVConfig.model_type:
         raise CommandError(
-            f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}"
-            " or an authors' release (see python -m proxyv.convert)"
+            f"--model {name}: a model of type {kind!r}, needed is {ProxyVConfig.model_type!r}, "
+            f"{STOCK!r} or an authors' release (see python -m proxyv.convert)"
         )
     try:
         model, report = ProxyVForConditionalGeneration.from_pretrained(
             name,
-            dtype=dtype,
-            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
+            **options,
         )
     except SafetensorError as error:
         raise CommandError(f"--model {name}: damaged weights ({error})") from error
