@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 
 import pytest
 import torch
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_model
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.masks import to_backend
 
@@ -64,3 +67,59 @@ def test_the_flex_mask_is_the_boolean_mask(generator) -> None:
         again = blocks.mask_mod(torch.tensor(row), torch.tensor(0), *rows)
         assert torch.equal(again, mask[row])
     assert blocks.to("meta").kv_num_blocks.is_meta
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is here")
+def test_flash_attention_says_what_is_missing() -> None:
+    model = tiny_model(start_layer=1)
+    with pytest.raises(ImportError, match="FlashAttention2.*installed"):
+        model.set_attn_implementation("flash_attention_2")
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def flash_in_place_of_the_kernel(module, query, key, value, mask, **kwargs):
+    """What flash attention computes: causal to the bottom right, rows padded by a 2-D mask."""
+    Q, K = query.shape[2], key.shape[2]
+    seen = torch.ones(Q, K, dtype=torch.bool).tril(K - Q)[None, None]
+    if mask is not None:
+        assert mask.dim() == 2, "flash attention takes no mask of pairs"
+        seen = seen & mask[:, None, None, :].bool()
+        seen = seen | ~seen.any(-1, keepdim=True)
+    return sdpa_attention_forward(module, query, key, value, seen, **kwargs)
+
+
+@pytest.fixture
+def flash_model(monkeypatch):
+    """A model whose ordinary layers call the function above under the name of the kernel."""
+    entries = {"flash_attention_2": flash_in_place_of_the_kernel}
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", entries)
+
+    def make(**options):
+        model = tiny_model(start_layer=2, **options)
+        model.config.text_config._attn_implementation_internal = "flash_attention_2"
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_flash_attention_gets_no_mask_it_cannot_take(flash_model, kind, side, generator) -> None:
+    model, plain = flash_model(proxy_kind=kind), tiny_model(start_layer=2, proxy_kind=kind)
+    rows = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [1, "1", 2], [4])]
+    inputs = collate(rows, side)
+    for use_cache in (False, True):
+        ours = light_logits(model, inputs, use_cache=use_cache)
+        expected = light_logits(plain, inputs, use_cache=use_cache)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    if side == "left":
+        chosen = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+        generated = [m.generate(**inputs, **chosen).tolist() for m in (model, plain)]
+        assert generated[0] == generated[1]
+
+
+def test_flash_attention_is_refused_where_every_layer_needs_a_mask(flash_model, generator) -> None:
+    model = flash_model(layout="released")
+    inputs = collate([sample([2, "2", 3], model.config, generator)])
+    with pytest.raises(ValueError, match=r"'flash_attention_2' takes no masks.*'released'.*'sdpa'"):
+        model(**inputs)

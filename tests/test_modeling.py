@@ -140,6 +140,50 @@ def test_loss_and_gradients_equal_the_oracles(attention, options, generator) -> 
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+def test_gradients_equal_finite_differences(kind, generator) -> None:
+    """The slope of the loss along its gradient and some noise, for each part of the model by itself."""
+    model = tiny_model(start_layer=1, proxy_kind=kind).double().train()
+    samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4])]
+    inputs = collate(samples)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    targets = inputs["input_ids"].roll(-1, dims=1)
+    known = (targets != IMAGE_TOKEN) & (targets != 0) & (inputs["input_ids"] != IMAGE_TOKEN)
+
+    def loss() -> torch.Tensor:
+        logits = model(**inputs, use_cache=False).logits[known]
+        return torch.nn.functional.cross_entropy(logits, targets[known])
+
+    model.zero_grad()
+    loss().backward()
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            last = "." + name.rpartition(".")[0].rpartition(".")[2]
+            part = parameter_part(name)
+            groups.setdefault(part + (last if part == "proxyv" else ""), []).append(parameter)
+    assert len(groups) == (13 if kind == "learned" else 11)
+    step = 1e-3  # norms compute in float32 whatever the weights are
+    for part, parameters in groups.items():
+        length = torch.stack([p.grad.norm() for p in parameters]).norm()
+        noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        directions = [
+            p.grad / length + 0.1 * n / n.norm() for p, n in zip(parameters, noise, strict=True)
+        ]
+        slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+        with torch.no_grad():
+            found = []
+            for sign in (1, -2):
+                for p, d in zip(parameters, directions, strict=True):
+                    p.add_(d, alpha=sign * step)
+                found.append(loss())
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=step)
+        torch.testing.assert_close(
+            (found[0] - found[1]) / (2 * step), slope, rtol=5e-3, atol=1e-3, msg=part
+        )
+
+
 def test_num_items_in_batch_divides_the_summed_loss(generator) -> None:
     model = tiny_model()
     inputs = collate([sample([2, "1", 5], model.config, generator)])

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import CropGroup, SequenceLayout
+from proxyv.model.masks import masked_attention
 from proxyv.model.proxies import (
     ProxyInitializer,
     join_groups,
@@ -299,7 +300,7 @@ class ProxyVLayerMixin:
     ) -> tuple[Tensor, Tensor | None]:
         """Call the attention function that the configuration names: (B, Q, H, h) and weights."""
         attn = self.self_attn
-        name = attn.config._attn_implementation
+        name = masked_attention(attn.config._attn_implementation)
         function = self._eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         dropout = attn.attention_dropout if attn.training else 0.0
         out, weights = function(

@@ -18,7 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from proxyv.model.decoder import DecoderOptions, Streams
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.linear import FreshLinear
-from proxyv.model.masks import light_mask, ordinary_mask, proxy_mask, to_backend
+from proxyv.model.masks import (
+    light_mask,
+    masked_attention,
+    ordinary_mask,
+    proxy_mask,
+    to_backend,
+)
 from proxyv.model.proxies import ProxyInitializer
 
 __all__ = ["ProxyVTextMixin"]
@@ -37,7 +43,7 @@ class ProxyVTextMixin:
     embed_tokens: Any
     gradient_checkpointing: bool
     training: bool
-    _supports_flash_attn = False
+    _supports_flash_attn = True
     _supports_flex_attn = True
 
     def __init__(self, config: PreTrainedConfig, options: DecoderOptions) -> None:
@@ -127,6 +133,12 @@ class ProxyVTextMixin:
     ) -> Any:
         """What the ordinary layers get: nothing if they can go without, else 2-D or our own."""
         if self.options.released:
+            name = self.config._attn_implementation
+            if masked_attention(name) != name:
+                raise ValueError(
+                    f"attn_implementation={name!r} takes no masks, which layout 'released' needs "
+                    "in every layer: use 'sdpa', 'flex_attention' or 'eager'"
+                )
             key_length = _key_length(past_key_values, window)
             mask = ordinary_mask(layout, window.real, window.past_valid, key_length)
             return to_backend(mask, self.config._attn_implementation, embeds.dtype)

@@ -17,7 +17,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from proxyv.model.layout import SequenceLayout
 
-__all__ = ["light_mask", "ordinary_mask", "proxy_mask", "to_backend", "visible"]
+__all__ = [
+    "light_mask",
+    "masked_attention",
+    "ordinary_mask",
+    "proxy_mask",
+    "to_backend",
+    "visible",
+]
 
 
 def visible(query_slots: Tensor, key_slots: Tensor, key_valid: Tensor) -> Tensor:
@@ -77,6 +84,15 @@ def proxy_mask(layout: SequenceLayout, past_light_valid: Tensor | None = None) -
         keys = torch.cat([keys, torch.full_like(past_light_valid, -1, dtype=keys.dtype)], dim=1)
         valid = torch.cat([valid, past_light_valid], dim=1)
     return visible(queries, keys, valid)
+
+
+def masked_attention(implementation: str) -> str:
+    """The attention function that takes our masks, for the one that a configuration names.
+
+    Flash attention takes none: with it the short attentions of the ProxyV layers run through
+    ``sdpa``, while ordinary layers, which need no mask of ours, run through flash attention.
+    """
+    return "sdpa" if implementation.startswith("flash_attention") else implementation
 
 
 def to_backend(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:

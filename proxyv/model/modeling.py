@@ -87,7 +87,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
 
     config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
-    _supports_flash_attn = False
+    _supports_flash_attn = True
     _supports_flex_attn = True
 
     def __init__(self, config: Any) -> None:
@@ -238,7 +238,7 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
 
     config: Any  # a ProxyVConfig; transformers types its fields as dictionaries too
     config_class = ProxyVConfig
-    _supports_flash_attn = False
+    _supports_flash_attn = True
     _supports_flex_attn = True
 
     def __init__(self, config: Any) -> None:
