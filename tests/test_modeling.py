@@ -143,7 +143,7 @@ def test_loss_and_gradients_equal_the_oracles(attention, options, generator) -> 
 
 @pytest.mark.parametrize("kind", ["spatial", "learned"])
 def test_gradients_equal_finite_differences(kind, generator) -> None:
-    """The slope of the loss along its gradient and some noise, for each part of the model by itself."""
+    """The slope of the loss along its gradient and some noise, for one part after another."""
     model = tiny_model(start_layer=1, proxy_kind=kind).double().train()
     samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4])]
     inputs = collate(samples)
@@ -381,6 +381,27 @@ def test_saving_and_loading_by_the_auto_class(tmp_path, generator) -> None:
     assert frozen == [n for n, p in model.named_parameters() if not p.requires_grad] != []
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"start_layer": 2}, ["start_layer=2", "saved with start_layer=1"]),
+        ({"start_layer": None}, ["start_layer=None", "saved with start_layer=1"]),
+        ({"proxy_kind": "learned"}, ["proxy_kind='learned'", "proxy_kind='spatial'"]),
+        ({"guided_ratio": 0.25}, ["guided_ratio=0.25", "guided_ratio=None"]),
+        ({"side_reduction": 3}, ["side_reduction=3", "[1, 2, 4]"]),
+    ],
+)
+def test_a_checkpoint_of_another_variant_is_refused(options, words, tmp_path) -> None:
+    tiny_model(start_layer=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        ProxyVForConditionalGeneration.from_pretrained(tmp_path, **options)
+    for word in words:
+        assert word in str(error.value)
+    layout = {"start_layer": 1, "layout": "released"}  # what weights do not depend on
+    loaded = ProxyVForConditionalGeneration.from_pretrained(tmp_path, **layout)
+    assert loaded.config.layout == "released"
 
 
 @pytest.mark.parametrize("kind", ["spatial", "learned"])

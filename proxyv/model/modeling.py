@@ -40,7 +40,7 @@ from proxyv.model.families import build_language_model
 from proxyv.model.generation import ImageGenerationMixin
 from proxyv.model.head import LanguageHead, supervised_rows
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
-from proxyv.model.released import is_release, read_release
+from proxyv.model.released import check_saved_variant, is_release, read_release
 from proxyv.model.vision import ImageFeaturesMixin
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
@@ -263,10 +263,12 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             **kwargs: passed on; fields of ``ProxyVConfig`` set the configuration.
 
         Raises:
-            ValueError: fields that contradict the weights of a release, such as its start layer.
+            ValueError: fields that contradict the weights, such as another start layer.
         """
         name = pretrained_model_name_or_path
-        if name is not None and "gguf_file" not in kwargs and is_release(name, **kwargs):
+        if name is not None:
+            check_saved_variant(name, kwargs)
+        if name is not None and is_release(name, **kwargs):
             fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
             kwargs["config"], kwargs["state_dict"] = read_release(name, fields, **kwargs)
             name = None

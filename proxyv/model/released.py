@@ -35,6 +35,7 @@ from proxyv.config import ProxyVConfig
 from proxyv.model.checkpoints import check_variant, from_released
 
 __all__ = [
+    "check_saved_variant",
     "is_release",
     "read_release",
     "read_tokenizer",
@@ -63,8 +64,31 @@ def is_release(name: str | Path, **hub_options: Any) -> bool:
     Raises:
         OSError: there is no such folder or model.
     """
-    raw, _ = PreTrainedConfig.get_config_dict(name, **_hub(hub_options))
-    return raw.get("model_type") in _FAMILIES
+    return _raw_config(name, hub_options).get("model_type") in _FAMILIES
+
+
+def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
+    """Refuse options under which the ProxyV modules of a saved model would be others.
+
+    A baseline may be loaded with any start layer: all of its ProxyV modules are new then.
+
+    Args:
+        name: folder or hub id.
+        options: what ``from_pretrained`` was called with.
+
+    Raises:
+        ValueError: naming the option, its value and the value that it was saved with.
+    """
+    raw = _raw_config(name, options)
+    if raw.get("model_type") != ProxyVConfig.model_type or raw.get("start_layer") is None:
+        return
+    for option in ("start_layer", "proxy_kind", "learned_proxies", "guided_ratio"):
+        found = raw.get(option, getattr(ProxyVConfig, option))
+        if option in options and options[option] != found:
+            raise ValueError(
+                f"{option}={options[option]!r} does not fit the weights of {name}, which were "
+                f"saved with {option}={found!r}: leave it out, or load another model"
+            )
 
 
 def release_folder(name: str | Path, **hub_options: Any) -> Path:
@@ -297,6 +321,10 @@ def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
 
 def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+
+
+def _raw_config(name: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    return PreTrainedConfig.get_config_dict(name, **_hub(options))[0]
 
 
 def _image_token_id(folder: Path) -> int | None:
