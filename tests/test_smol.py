@@ -53,7 +53,7 @@ def test_two_stages_on_the_real_model(tmp_path, monkeypatch):
         folders[stage] = run.train(settings)
         lines = (folders[stage] / "metrics.jsonl").read_text().splitlines()
         losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-        assert len(losses) == 3 and all(0 < loss < 12 for loss in losses)
+        assert len(losses) == 3 and 0 < losses[2] < losses[0]
     first, second = (load_file(folders[s] / "model.safetensors") for s in ("pretrain", "finetune"))
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert any("q_proj" in name for name in moved) and any("guided_update" in n for n in moved)
