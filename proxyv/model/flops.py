@@ -1,0 +1,249 @@
+"""FLOPs of a forward pass, counted on paper: multiply-adds times two, biases and norms left out.
+
+Two conventions. ``run_flops`` is what this code executes: guided updates folded or not, nothing
+but keys and values for full tokens in the last layer, and logits of as many rows
+as are asked for. With eager attention it is what torch's ``FlopCounterMode`` counts, to the last
+operation. ``paper_flops`` is what the paper's table counts: decoder layers only, attention as
+S x S, guided updates unfolded, the last layer like the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["RowTokens", "kv_cache_bytes", "paper_flops", "run_flops"]
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """What a row of the batch holds.
+
+    Attributes:
+        crops: of all its images.
+        text: tokens that are not of images.
+        past: tokens that a cache holds already; such a row brings no image.
+        side: crop side in tokens; None for the model's own (frames of videos have less).
+    """
+
+    crops: int
+    text: int
+    past: int = 0
+    side: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("crops", "text", "past"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.past and self.crops:
+            raise ValueError(
+                f"crops={self.crops} on top of past={self.past} tokens is not counted: "
+                "set one of them to 0"
+            )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Widths of a language model, and rows of a sequence, as in ``layout.py``.
+
+    Attributes:
+        width: D.
+        query: width of all query heads.
+        key: width of all key heads, Dkv.
+        ffn: I.
+        hidden: h of the guided update.
+        full: F.
+        light: L, newline and text rows.
+        proxies: P.
+        crop_proxies: proxies of each crop.
+        past: cached rows.
+    """
+
+    width: int
+    query: int
+    key: int
+    ffn: int
+    hidden: int
+    full: int
+    light: int
+    proxies: int
+    crop_proxies: int
+    past: int
+
+    @classmethod
+    def of(cls, config: Any, row: RowTokens) -> _Shape:
+        if config.packing != "crops":
+            raise ValueError(
+                f"packing={config.packing!r}: FLOPs are counted for packing 'crops' only, where "
+                "tokens follow from the number of crops"
+            )
+        text = config.text_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        side = row.side or config.side
+        per_crop = config.num_proxies(side) if config.start_layer is not None else 0
+        return cls(
+            width=text.hidden_size,
+            query=head * text.num_attention_heads,
+            key=head * text.num_key_value_heads,
+            ffn=text.intermediate_size,
+            hidden=config.guided_width,
+            full=row.crops * side**2,
+            light=row.crops + row.text,
+            proxies=row.crops * per_crop,
+            crop_proxies=per_crop,
+            past=row.past,
+        )
+
+    @property
+    def natural(self) -> int:
+        """S, the rows of the natural sequence."""
+        return self.full + self.light
+
+    def linear(self) -> int:
+        """Projections and FFN of one row."""
+        attention = 2 * self.width * self.query + 2 * self.width * self.key
+        return 2 * (attention + 3 * self.width * self.ffn)
+
+    def keys(self, fused: bool) -> int:
+        """Keys and values of one full row; a fused projection computes its query as well."""
+        return 2 * self.width * (2 * self.key + (self.query if fused else 0))
+
+    def attention(self, pairs: int) -> int:
+        """Scores and mixing of so many pairs of query and key."""
+        return 4 * pairs * self.query
+
+
+def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
+    """FLOPs of the decoder layers as the paper counts them.
+
+    Args:
+        config: a ``ProxyVConfig``.
+        row: what is read; without images every layer is an ordinary one.
+        fused_qkv: the model projects to query, key and value by one matrix, and the authors' code
+            calls it twice in every layer, the baseline's too: for the rows with queries and for
+            those with keys, each time keeping a part. An ordinary layer then costs
+            2S(D^2+2D Dkv) more, a ProxyV layer 2F D^2 + 2(P+L)(D^2+2D Dkv).
+
+    Returns:
+        FLOPs of a prefill: for an ordinary layer 2S(2D^2+2D Dkv+3DI) + 4S^2 D, for a ProxyV layer
+        2F(2D Dkv) + 2F(2.5 D h) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D.
+
+    Raises:
+        ValueError: a packing whose tokens do not follow from the crops.
+
+    Source: paper section 4. Differs: the paper prints figures only; this formula is the one that
+        gives them.
+    """
+    shape = _Shape.of(config, row)
+    layers = config.text_config.num_hidden_layers
+    ordinary = shape.natural * shape.linear() + shape.attention(shape.natural**2)
+    if fused_qkv:
+        ordinary += shape.natural * shape.keys(fused=True)
+    if config.start_layer is None or not row.crops:
+        return layers * ordinary
+    main = shape.proxies + shape.light
+    inner = shape.full * shape.keys(fused=fused_qkv) + main * shape.linear()
+    inner += 5 * shape.full * shape.width * shape.hidden
+    inner += 2 * shape.proxies * shape.width * shape.hidden
+    inner += shape.attention(main * (shape.natural + shape.proxies))
+    if fused_qkv:
+        inner += main * shape.keys(fused=True)
+    return config.start_layer * ordinary + (layers - config.start_layer) * inner
+
+
+def run_flops(
+    config: Any,
+    row: RowTokens,
+    *,
+    causal: bool = False,
+    folded: bool = False,
+    head_rows: int = 1,
+) -> dict[str, int]:
+    """FLOPs of a forward pass as this code runs it, of one row of the batch, by part.
+
+    Args:
+        config: a ``ProxyVConfig``.
+        row: what is read.
+        causal: ordinary layers without a mask compute the lower half of the scores only, as
+            fused kernels do; eager attention computes all. The small attentions of ProxyV
+            layers have explicit masks and are counted in full either way, and so are ordinary
+            layers of the released layout.
+        folded: the guided updates are folded, see ``ProxyVForConditionalGeneration.fuse``.
+        head_rows: rows whose logits are computed.
+
+    Returns:
+        FLOPs of "vision_tower", "projector", "language_model", "proxyv" (guided updates and
+        learned proxies) and "lm_head".
+
+    Raises:
+        ValueError: a packing whose tokens do not follow from the crops.
+    """
+    shape = _Shape.of(config, row)
+    text, start = config.text_config, config.start_layer
+    layers = text.num_hidden_layers
+    causal = causal and (config.layout == "natural" or not row.crops)
+    pairs = shape.natural * (shape.natural + shape.past)
+    if causal:
+        pairs = shape.natural * shape.past + shape.natural * (shape.natural + 1) // 2
+    ordinary = shape.natural * shape.linear() + shape.attention(pairs)
+    guided = 0
+    decoder = layers * ordinary
+    if start is not None and row.crops:
+        inner, last = _proxyv_layers(shape, fused=text.model_type == "phi3")
+        updated = layers - start - 1
+        decoder = start * ordinary + updated * inner + last
+        guided = _guided_updates(config, shape, updated, folded)
+    return {
+        "vision_tower": row.crops * _tower(config),
+        "projector": _projector(config, shape.full),
+        "language_model": decoder,
+        "proxyv": guided,
+        "lm_head": 2 * head_rows * shape.width * text.vocab_size,
+    }
+
+
+def kv_cache_bytes(config: Any, tokens: int, bytes_per_value: int) -> int:
+    """Bytes that the keys and values of so many tokens take in all layers, proxies or not."""
+    text = config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_layer = 2 * head * text.num_key_value_heads
+    return tokens * text.num_hidden_layers * per_layer * bytes_per_value
+
+
+def _proxyv_layers(shape: _Shape, fused: bool) -> tuple[int, int]:
+    """A ProxyV layer without its guided update; the last one, which has no proxies."""
+    keys = shape.full * shape.keys(fused)
+    seen = shape.light * shape.natural + shape.proxies * (shape.proxies + shape.light)
+    inner = keys + (shape.light + shape.proxies) * shape.linear() + shape.attention(seen)
+    last = keys + shape.light * shape.linear()
+    return inner, last + shape.attention(shape.light * shape.natural)
+
+
+def _guided_updates(config: Any, shape: _Shape, layers: int, folded: bool) -> int:
+    """The guided updates of so many layers, and making learned proxies."""
+    width, hidden = shape.width, shape.hidden
+    merge = 0 if folded else hidden**2
+    flops = 2 * shape.full * (2 * width * hidden + merge)
+    flops += 2 * shape.proxies * (width * hidden + merge)
+    flops *= layers
+    if config.proxy_kind == "learned" and layers:
+        pairs = shape.full * shape.crop_proxies
+        flops += 2 * shape.full * width * hidden + 2 * pairs * (hidden + width)
+        flops += layers * 2 * pairs * hidden
+    return flops
+
+
+def _tower(config: Any) -> int:
+    """One crop through the vision tower; the patches, and all layers, for all are run."""
+    vision = config.vision_config
+    width, tokens = vision.hidden_size, config.side**2 + 1
+    patches = 2 * (tokens - 1) * 3 * vision.patch_size**2 * width
+    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
+    return patches + vision.num_hidden_layers * (layer + 4 * tokens**2 * width)
+
+
+def _projector(config: Any, rows: int) -> int:
+    width, chosen = config.text_config.hidden_size, config.vision_feature_layer
+    features = config.vision_config.hidden_size * (1 if isinstance(chosen, int) else len(chosen))
+    return 2 * rows * (features * width + width**2)
