@@ -1,0 +1,140 @@
+"""The few attention rows that a method needs, computed again from queries and keys.
+
+No layer is asked for its attention weights, so every attention function may run; a row costs as
+much as one row of the layer's attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxyv.model.decoder import rotate
+from proxyv.reduction.rows import Rows, take
+
+__all__ = [
+    "attention_rows",
+    "causal_rows",
+    "decoder_heads",
+    "mean_attention",
+    "tower_attention",
+]
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, scaling: float, visible: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of some queries.
+
+    Args:
+        query: (B, H, R, h).
+        key: (B, K, S, h); each of the K heads serves H / K query heads.
+        scaling: factor of the scores.
+        visible: (B, R, S) False where a query does not see a key; None for all.
+
+    Returns:
+        (B, H, R, S) float32.
+    """
+    B, H, R, _ = query.shape
+    K = key.shape[1]
+    grouped = query.view(B, K, H // K, R, -1)
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).flatten(1, 2)
+
+
+def causal_rows(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """Causal attention of the rows that judge.
+
+    Args:
+        query: (B, H, R, h) of ``rows.queries``.
+        key: (B, K, S, h) of all rows.
+        rows: what the rows are; nobody sees padding.
+        scaling: factor of the scores.
+
+    Returns:
+        (B, H, R, S) float32.
+    """
+    numbers = torch.arange(rows.valid.shape[1], device=key.device)
+    visible = (numbers <= rows.queries[..., None]) & rows.valid[:, None]
+    return attention_rows(query, key, scaling, visible)
+
+
+def mean_attention(query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """How much the judging rows attend to each row, mean over heads, then over them: (B, S)."""
+    attention = causal_rows(query, key, rows, scaling).mean(dim=1)  # (B, R, S)
+    weights = rows.queries_valid.float()
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    return (weights[..., None] * attention).sum(dim=1)
+
+
+def decoder_heads(
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a decoder layer after rotary positions, from what enters it.
+
+    Args:
+        layer: stock layer of a family, or ProxyV layer.
+        hidden: (B, S, D).
+        rope: cosine and sine, each (B, S, rotary width).
+        index: (B, R) rows whose queries are wanted; None for all.
+
+    Returns:
+        Query (B, H, R, h) and key (B, K, S, h).
+
+    Raises:
+        ValueError: a layer that projects in none of the ways known here.
+    """
+    normed = layer.input_layernorm(hidden)
+    asking = normed if index is None else take(normed, index)
+    attn = layer.self_attn
+    width = attn.head_dim
+
+    def heads(rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    if hasattr(attn, "q_proj"):
+        query, key = heads(attn.q_proj(asking)), heads(attn.k_proj(normed))
+    elif hasattr(attn, "qkv_proj"):
+        fused, kv = heads(attn.qkv_proj(normed)), attn.num_key_value_heads
+        query, key, _ = fused.split([fused.shape[1] - 2 * kv, kv, kv], dim=1)
+        if index is not None:
+            query = query.gather(2, _as_heads(index, query))
+    else:
+        raise ValueError(
+            f"token reduction cannot read queries and keys of {type(attn).__name__}: it needs "
+            "q_proj and k_proj, or qkv_proj"
+        )
+    if hasattr(attn, "q_norm"):
+        query, key = attn.q_norm(query), attn.k_norm(key)
+    asked = rope if index is None else (take(rope[0], index), take(rope[1], index))
+    return rotate(query, asked), rotate(key, rope)
+
+
+def _as_heads(index: Tensor, heads: Tensor) -> Tensor:
+    """(B, R) -> (B, H, R, h), to gather from ``heads``."""
+    return index[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[-1])
+
+
+def tower_attention(layer: Any, hidden: Tensor, has_class: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys of an encoder layer of the tower, from what enters it.
+
+    Args:
+        layer: of CLIP or SigLIP, with ``layer_norm1`` and ``self_attn.{q,k}_proj``.
+        hidden: (N, c+n, W) hidden state before the layer.
+        has_class: the first row is the class token.
+
+    Returns:
+        Query (N, H, R, h), of the class token only where there is one, and key (N, H, c+n, h);
+        both unscaled.
+    """
+    attn, normed = layer.self_attn, layer.layer_norm1(hidden)
+    query = attn.q_proj(normed[:, :1] if has_class else normed)
+    heads = [
+        rows.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        for rows in (query, attn.k_proj(normed))
+    ]
+    return heads[0], heads[1]

@@ -1,0 +1,293 @@
+"""FastV and PyramidDrop against reference outputs; batches, padding and the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reduction_cases import golden_cases, read, sister
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+from transformers.cache_utils import DynamicCache
+
+from proxyv.reduction.base import DecoderReduction
+from proxyv.reduction.decoding import choose_rows, layer_stages, run_reduced
+from proxyv.reduction.fastv import FastV
+from proxyv.reduction.pyramiddrop import PyramidDrop
+from proxyv.reduction.rows import Rows, before_answers, select
+
+
+def tiny_llama(attention: str = "sdpa", key_heads: int = 4) -> LlamaModel:
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=key_heads, intermediate_size=40,
+        num_hidden_layers=6, vocab_size=40, rms_norm_eps=1e-5, rope_theta=1e4,
+        max_position_embeddings=256, attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlamaModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # attention that is far from uniform
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def golden_llama(path, name: str, attention: str) -> LlamaModel:
+    model = tiny_llama(attention)
+    model.load_state_dict(read(sister(path, name, "tinyllama")))
+    return model
+
+
+def one_image(length: int, start: int = 5, size: int = 24) -> Tensor:
+    numbers = torch.arange(length)
+    return ((numbers >= start) & (numbers < start + size))[None]
+
+
+def run_golden(model, method: DecoderReduction, case: dict[str, Tensor], judges=None):
+    """Prefill, then the decode rows one by one."""
+    cache = DynamicCache(config=model.config)
+    embeds = case["inputs_embeds"]
+    rows = Rows.build(one_image(embeds.shape[1]), judges=judges)
+    steps = []
+    with torch.no_grad():
+        hidden, left = run_reduced(model, method, embeds, rows=rows, past_key_values=cache)
+        lengths = [cache.get_seq_length(i) for i in range(len(model.layers))]
+        for step in case["decode_embeds"].split(1, dim=1):
+            steps.append(run_reduced(model, method, step, past_key_values=cache)[0])
+    return hidden, left, lengths, torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("setting", ["k2_r50", "k3_r75"])
+@pytest.mark.parametrize("path", golden_cases("fastv"))
+def test_fastv_golden(path, setting, attention) -> None:
+    model = golden_llama(path, "fastv", attention)
+    case = read(path) | read(path, f"{setting}.")
+    method = FastV(layer=int(setting[1]), ratio=int(setting[-2:]) / 100)
+    hidden, left, lengths, decoded = run_golden(model, method, case)
+    assert left.origin[0].tolist() == case["keep_index"].tolist() == left.positions[0].tolist()
+    assert lengths == case["cache_lengths_after_prefill"].tolist()
+    torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, case["decode_hidden"], atol=1e-4, rtol=0)
+
+
+PYRAMID = PyramidDrop(layers=(2, 4), ratios=(0.5, 0.25))
+
+
+def kept_twice(case: dict[str, Tensor]) -> list[int]:
+    """Rows of the prompt left after both drops; the second counts among those of the first."""
+    return case["stage0.kept_index"][case["stage1.kept_index"]].tolist()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("path", golden_cases("pyramiddrop"))
+def test_pyramiddrop_golden(path, attention) -> None:
+    model = golden_llama(path, "pyramiddrop", attention)
+    case = read(path)
+    hidden, left, lengths, decoded = run_golden(model, PYRAMID, case)
+    assert left.origin[0].tolist() == kept_twice(case)
+    assert left.positions.tolist() == case["prefill_position_ids.layer4"].tolist()
+    assert lengths == case["cache_lengths_after_prefill"].tolist()
+    torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, case["decode_hidden"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("path", golden_cases("pyramiddrop"))
+def test_pyramiddrop_training_golden(path, attention) -> None:
+    model = golden_llama(path, "pyramiddrop", attention)
+    case = read(path) | read(path, "train.")
+    hidden, left, _, _ = run_golden(model, PYRAMID, case, before_answers(case["labels"]))
+    assert left.origin[0].tolist() == kept_twice(case)
+    assert case["labels"].gather(1, left.origin).tolist() == case["labels_out"].tolist()
+    torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("path", golden_cases("pyramiddrop"))
+def test_pyramiddrop_batch_golden(path) -> None:
+    model = golden_llama(path, "pyramiddrop", "sdpa")
+    case = read(path, "batch.")
+    length = case["features"].shape[1]
+    image = torch.cat(
+        [one_image(length, int(s), int(n)) for s, n in zip(case["image_start"], case["image_len"],
+                                                           strict=True)]
+    )  # fmt: skip
+    rows = Rows.build(image, valid=case["attention_mask"])
+    rope = model.rotary_emb(case["features"], position_ids=rows.positions)
+    kept = choose_rows(PYRAMID, 0, model.layers[2], case["features"], rope, rows)
+    left, index = rows.keep(kept, renumber=True)
+    assert torch.equal(left.valid, case["out_attention_mask"])
+    features = case["features"].gather(1, index[..., None].expand(-1, -1, 32))
+    features = features * left.valid[..., None]
+    torch.testing.assert_close(features, case["out_features"], atol=1e-5, rtol=0)
+    assert torch.equal(left.positions[left.valid], case["out_position_ids"][left.valid])
+
+
+# --- batches
+
+
+def samples() -> list[tuple[Tensor, Tensor]]:
+    """Embeddings and image masks: one image, two images, text only, a short one."""
+    generator = torch.Generator().manual_seed(5)
+    masks = [
+        one_image(20, 3, 12)[0],
+        (one_image(24, 2, 8) | one_image(24, 12, 8))[0],
+        torch.zeros(9, dtype=torch.bool),
+        one_image(14, 1, 11)[0],
+    ]
+    return [(torch.randn(len(mask), 32, generator=generator), mask) for mask in masks]
+
+
+def batch(padding: str) -> tuple[Tensor, Tensor, Tensor]:
+    parts = samples()
+    most = max(len(mask) for _, mask in parts)
+    embeds = torch.zeros(len(parts), most, 32)
+    image, valid = (torch.zeros(len(parts), most, dtype=torch.bool) for _ in range(2))
+    for row, (rows, mask) in enumerate(parts):
+        cut = slice(0, len(mask)) if padding == "right" else slice(most - len(mask), most)
+        embeds[row, cut], image[row, cut], valid[row, cut] = rows, mask, True
+    return embeds, image, valid
+
+
+METHODS = [FastV(2, 0.5), FastV(1, 0.8), PYRAMID]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_batch_equals_single_and_cached_equals_uncached(
+    method, attention, key_heads, padding
+) -> None:
+    model = tiny_llama(attention, key_heads).double()  # nothing is near a tolerance then
+    embeds, image, valid = batch(padding)
+    embeds = embeds.double()
+    more = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(9)).double()
+    cache = DynamicCache(config=model.config)
+    mask = valid
+    with torch.no_grad():
+        rows = Rows.build(image, valid=valid)
+        hidden, left = run_reduced(model, method, embeds, rows=rows, past_key_values=cache)
+        assert left is not None
+        restored = left.restore(hidden, embeds.shape[1])
+        decoded = []
+        for step in more.split(1, dim=1):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+            out, _ = run_reduced(model, method, step, attention_mask=mask, past_key_values=cache)
+            decoded.append(out)
+        for row, (own, own_mask) in enumerate(samples()):
+            n = len(own_mask)
+            whole = torch.cat([own.double(), more[row]])[None]
+            judges = torch.arange(n + 3)[None] == n - 1
+            whole_mask = torch.nn.functional.pad(own_mask, (0, 3))[None]
+            rows = Rows.build(whole_mask, judges=judges)
+            single, single_left = run_reduced(model, method, whole, rows=rows)
+            assert single_left is not None
+            expected = single_left.restore(single, n + 3)[0]
+            torch.testing.assert_close(restored[row][valid[row]], expected[:n], atol=1e-8, rtol=0)
+            torch.testing.assert_close(
+                torch.cat(decoded, dim=1)[row], expected[n:], atol=1e-8, rtol=0
+            )
+
+
+@pytest.mark.parametrize("method", [FastV(2, 0.0), PyramidDrop((2, 4), (1.0, 1.0))], ids=str)
+def test_dropping_nothing_is_the_stock_model(method) -> None:
+    model = tiny_llama()
+    embeds, image, valid = batch("left")
+    rows = Rows.build(image, valid=valid)
+    with torch.no_grad():
+        hidden, left = run_reduced(model, method, embeds, rows=rows)
+        stock = model(
+            inputs_embeds=embeds, attention_mask=valid.long(), position_ids=rows.positions
+        ).last_hidden_state
+    assert left is not None
+    assert torch.equal(left.valid, valid)
+    torch.testing.assert_close(hidden[valid], stock[valid], atol=1e-5, rtol=0)
+
+
+def test_rows_that_stay_get_gradients_and_dropped_ones_only_from_earlier_layers() -> None:
+    model = tiny_llama().train()
+    embeds, image, valid = batch("right")
+    embeds.requires_grad_()
+    hidden, left = run_reduced(model, PYRAMID, embeds, rows=Rows.build(image, valid=valid))
+    assert left is not None
+    hidden[left.valid].square().sum().backward()
+    assert embeds.grad is not None
+    assert (embeds.grad[valid].abs().sum(dim=-1) > 0).all(), "dropped rows still acted as keys"
+    assert not embeds.grad[~valid].any()
+
+
+def test_a_cut_cache_decodes_again_alike() -> None:
+    model = tiny_llama()
+    embeds, image, _ = batch("left")
+    embeds, image = embeds[1:2], image[1:2]
+    step = torch.randn(1, 1, 32)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        run_reduced(model, PYRAMID, embeds, rows=Rows.build(image), past_key_values=cache)
+        first, _ = run_reduced(model, PYRAMID, step, past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-1)
+        again, _ = run_reduced(model, PYRAMID, step, past_key_values=cache)
+    torch.testing.assert_close(first, again)
+
+
+def test_refusals() -> None:
+    model = tiny_llama()
+    embeds, image, valid = batch("left")
+    rows, cache = Rows.build(image, valid=valid), DynamicCache(config=model.config)
+    run_reduced(model, PYRAMID, embeds, rows=rows, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"pyramiddrop.*24 rows are cached"):
+        run_reduced(model, PYRAMID, embeds, rows=rows, past_key_values=cache)
+    with pytest.raises(ValueError, match="batch of 4, now the batch is 1"):
+        run_reduced(model, PYRAMID, embeds[:1, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"fastv.layer.*1 to 5.*6"):
+        layer_stages(FastV(6), 6)
+    with pytest.raises(ValueError, match=r"fastv.layer.*at least 1.*0"):
+        FastV(0)
+    with pytest.raises(ValueError, match=r"pyramiddrop.layers.*ascend.*\[4, 2\]"):
+        PyramidDrop((4, 2), (0.5, 0.25))
+    with pytest.raises(ValueError, match=r"pyramiddrop.ratios.*\[0.25, 0.5\]"):
+        PyramidDrop((2, 4), (0.25, 0.5))
+    with pytest.raises(ValueError, match=r"length"):
+        PyramidDrop((2, 4), (0.25,))
+
+
+# --- selection
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_selection_and_packing(data) -> None:
+    """Against a list per sample: what stays, in order, and where it goes."""
+    B, S = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
+    right = data.draw(st.booleans())
+    image, valid = torch.zeros(B, S, dtype=torch.bool), torch.zeros(B, S, dtype=torch.bool)
+    for row in range(B):
+        n = data.draw(st.integers(2, S))
+        valid[row, :n] = True
+        kinds = data.draw(st.lists(st.booleans(), min_size=n - 1, max_size=n - 1))
+        image[row, : n - 1] = torch.tensor(kinds, dtype=torch.bool)
+        if not right:
+            valid[row], image[row] = valid[row].roll(S - n), image[row].roll(S - n)
+    values = data.draw(st.lists(st.integers(0, 3), min_size=B * S, max_size=B * S))
+    scores = torch.tensor(values).float().view(B, S)
+    keep = torch.tensor([data.draw(st.integers(0, S)) for _ in range(B)])
+    rows = Rows.build(image, valid=valid)
+    kept = select(scores, rows, keep)
+    left, index = rows.keep(kept, renumber=False)
+    for row in range(B):
+        candidates = [j for j in range(S) if image[row, j]]
+        best = sorted(candidates, key=lambda j: (-scores[row, j].item(), j))[: int(keep[row])]
+        expected = [j for j in range(S) if valid[row, j] and (not image[row, j] or j in best)]
+        real = left.valid[row]
+        assert left.origin[row][real].tolist() == expected == index[row][real].tolist()
+        assert left.positions[row][real].tolist() == rows.positions[row][expected].tolist()
+        assert left.image[row].sum() == len(best)
+        judged = left.origin[row, left.queries[row, 0]].item()
+        assert judged == max(j for j in range(S) if valid[row, j])
+        # Padding stays on its side.
+        assert real.tolist() == sorted(real.tolist(), reverse=rows.padded_right)
+    hidden = torch.arange(1.0, B * S + 1).view(B, S, 1)
+    packed = hidden.gather(1, index[..., None])
+    assert torch.equal(left.restore(packed, S), hidden * kept[..., None])
