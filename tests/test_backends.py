@@ -72,7 +72,7 @@ def test_the_flex_mask_is_the_boolean_mask(generator) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is here")
 def test_flash_attention_says_what_is_missing() -> None:
     model = tiny_model(start_layer=1)
-    with pytest.raises(ImportError, match="FlashAttention2.*installed"):
+    with pytest.raises(ImportError, match=r"FlashAttention2.*installed"):
         model.set_attn_implementation("flash_attention_2")
     assert model.config.text_config._attn_implementation == "sdpa"
 
@@ -123,3 +123,35 @@ def test_flash_attention_is_refused_where_every_layer_needs_a_mask(flash_model, 
     inputs = collate([sample([2, "2", 3], model.config, generator)])
     with pytest.raises(ValueError, match=r"'flash_attention_2' takes no masks.*'released'.*'sdpa'"):
         model(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("layout", ["natural", "released"])
+def test_bfloat16_stays_near_float32_on_every_backend(attention, layout, generator) -> None:
+    model = tiny_model(start_layer=1, spread=0.05, layout=layout)
+    rows = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [1, "1", 2])]
+    inputs = collate(rows, "left")
+    exact = light_logits(model, inputs)
+    model.set_attn_implementation(attention)
+    with torch.compiler.set_stance("force_eager"):
+        half = light_logits(model.to(torch.bfloat16), inputs)
+    assert float((half.float() - exact).abs().max()) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_gradients_on_a_gpu_are_those_of_sdpa(attention, generator) -> None:
+    """Flex attention runs backward on a GPU only."""
+    gradients = []
+    for name in ("sdpa", attention):
+        model = tiny_model(start_layer=1, attention=name).cuda().train()
+        batch = collate([sample([2, "2", 3], model.config, torch.Generator().manual_seed(0))])
+        inputs = {key: value.cuda() for key, value in batch.items()}
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, atol=1e-4, rtol=1e-3, msg=key)

@@ -81,6 +81,7 @@ def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(st.lists(rows, min_size=1, max_size=4), st.sampled_from(["left", "right"]), options)
 def test_many_padded_batches_equal_the_oracle(batch, side, chosen) -> None:
