@@ -124,7 +124,7 @@ def _from_release(args: argparse.Namespace) -> str:
     model = ProxyVForConditionalGeneration.from_pretrained(args.source, dtype="auto")
     processor = ProxyVProcessor.from_pretrained(args.source)
     _save(model, processor, args)
-    return f"ProxyV with start_layer={model.config.start_layer}, layout released"
+    return f"start_layer={model.config.start_layer}, layout {model.config.layout}"
 
 
 def _to_release(args: argparse.Namespace) -> str:

@@ -70,12 +70,13 @@ def inputs(ours):
     return processor(images=image, text="<s><|user|><image>hi<|assistant|>", return_tensors="pt")
 
 
-def test_round_trip_is_bit_equal(ours, theirs, tmp_path, inputs) -> None:
+def test_round_trip_is_bit_equal(ours, theirs, tmp_path, inputs, capsys) -> None:
     assert any(name.startswith("model.vision_mlp_layers.1.") for name in tensors(theirs))
     raw = json.loads((theirs / "config.json").read_text())
     assert (raw["model_type"], raw["proxyv"], raw["proxyv_start_layer"]) == ("llava_llama", True, 1)
     assert raw["proxyv_options"] == {"layout": "natural"}
     convert(theirs, tmp_path / "back", "--template", "tiny")
+    assert capsys.readouterr().out == f"{tmp_path / 'back'}: start_layer=1, layout natural\n"
     assert_same(tensors(ours), tensors(tmp_path / "back"))
     first, second = (ProxyVConfig.from_pretrained(folder) for folder in (ours, tmp_path / "back"))
     for name in ("start_layer", "layout", "side_reduction", "image_grid_pinpoints", "side"):
