@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ from torch import nn
 from proxyv.data.templates import IGNORE_INDEX
 from proxyv.synthetic.page import Glyph
 from proxyv.synthetic.world import CHART_PROMPT, DOCUMENT_PROMPT, READ_PROMPT, Mix
-from proxyv.train.stage0.language import GridReader, LanguageSettings
+from proxyv.train.stage0.language import (
+    CURRICULUM,
+    GridReader,
+    LanguageSettings,
+    answer_weights,
+)
 from proxyv.train.stage0.loop import (
     Optimisers,
     Trainee,
@@ -207,10 +213,11 @@ def test_tower_and_language_model_take_a_step(tmp_path: Path) -> None:
     assert set(tower.measure()) == {
         "documents_train", "documents_test", "charts_train", "charts_test",
     }  # fmt: skip
-    reader = GridReader(
-        LanguageSettings(tmp_path / "l", tmp_path / "lo", strip_steps=1, strip_batch=2, **small)
-    )
-    for step in (0, 1):  # a strip, then a page
+    del small["batch"]
+    phases = tuple(replace(phase, steps=1, batch=2) for phase in CURRICULUM)
+    reader = GridReader(LanguageSettings(tmp_path / "l", tmp_path / "lo", phases=phases, **small))
+    assert [reader._phase(step) for step in range(5)] == [0, 1, 2, 2, 2]
+    for step in range(3):  # strips, small charts, pages
         loss, _ = reader.loss(step)
         loss.backward()
         assert torch.isfinite(loss)
@@ -248,3 +255,11 @@ def test_the_tower_learns_the_embedding_of_the_language_model(tmp_path: Path) ->
     save_file({"read.weight": torch.zeros(1)}, tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match=r"holds no page table.*stage0 language"):
         PageTable.of_language(tmp_path, (12, 12), 14)
+
+
+def test_an_answer_weighs_as_the_root_of_its_length() -> None:
+    labels = torch.tensor(
+        [[IGNORE_INDEX, 5, 5, 5, 5, IGNORE_INDEX, 7], [1, 1] + [IGNORE_INDEX] * 5]
+    )
+    expected = torch.tensor([[0, 0.5, 0.5, 0.5, 0.5, 0, 1.0], [2**-0.5, 2**-0.5, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(answer_weights(labels), expected)

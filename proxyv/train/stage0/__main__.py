@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder for state and log")
     parser.add_argument("--out", type=Path, help="default data/tiny/vision or data/tiny/language")
     parser.add_argument("--init", type=Path, help="folder of an earlier result to start from")
-    parser.add_argument("--steps", type=int, help="default 9000 for the tower, 6000 for language")
+    parser.add_argument("--steps", type=int, help="default 9000 for the tower, 8000 for language")
     parser.add_argument("--seed", type=int, help="default 11 for the tower, 12 for language")
     parser.add_argument("--threads", type=int, help="torch threads, default all")
     options = parser.parse_args(argv)

@@ -10,7 +10,7 @@ the tower. No picture is involved, and no page of the data sets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ __all__ = ["LanguageSettings", "language_config", "train_language"]
 
 READ_SHARE = 0.25  # of the pages are copied in whole, the others asked about
 PAGE_HW = (168, 168)
-STRIP_HW = (56, 168)  # the first steps read pages of a few lines: finding and copying come sooner
+STRIP_HW = (56, 168)
 PATCH_PX = 14
 SORTED_BATCHES = 4
 
@@ -58,15 +58,39 @@ def language_config(vocab_size: int) -> LlamaConfig:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Part of a run: its pages, and how many of them make a batch.
+
+    Attributes:
+        steps: how long it lasts; the last phase lasts to the end.
+        size_hw: height and width of its pages.
+        batch: pages of a step.
+        mix: kinds of page.
+    """
+
+    steps: int
+    size_hw: tuple[int, int]
+    batch: int
+    mix: Mix
+
+
+# Finding and copying come within minutes on pages of a few lines, and going from a name to what
+# stands above it on charts of a few bars; on full pages alone either takes hours (docs/log.md).
+CURRICULUM = (
+    Phase(700, STRIP_HW, 24, Mix(text=0.25, documents=0.75, charts=0.0)),
+    Phase(1500, PAGE_HW, 12, Mix(0.03, 0.2, 0.2, 0.57, chart_questions=(6, 10))),
+    Phase(0, PAGE_HW, 12, Mix(0.04, 0.36, 0.45, 0.15, chart_questions=(6, 10))),
+)
+
+
+@dataclass(frozen=True)
 class LanguageSettings:
     """How the language model is pretrained."""
 
     run: Path
     out: Path
-    steps: int = 6000
-    strip_steps: int = 700
-    strip_batch: int = 24
-    batch: int = 12
+    steps: int = 8000
+    phases: tuple[Phase, ...] = CURRICULUM
     seed: int = 12
     ring: int = 3000
     renew: int = 6
@@ -75,8 +99,6 @@ class LanguageSettings:
     init: Path | None = None
     turns: int = 8
     noise: float = 0.04  # what a tower's features leave in doubt, beside embeddings of 0.15 RMS
-    mix: Mix = field(default_factory=lambda: Mix(0.05, 0.3, 0.35, 0.3, (6, 10)))
-    strip_mix: Mix = field(default_factory=lambda: Mix(text=0.25, documents=0.75, charts=0.0))
 
 
 class GridReader(Trainee):
@@ -92,12 +114,11 @@ class GridReader(Trainee):
         self.language = LlamaForCausalLM(config)
         self.rows, self.columns = (side // PATCH_PX for side in PAGE_HW)
         self.table = PageTable(config.hidden_size, (self.rows, self.columns), PATCH_PX)
-        rings = {STRIP_HW: settings.strip_mix, PAGE_HW: settings.mix}
-        self.rings = {
-            size_hw: PageRing(settings.seed, settings.ring, mix, size_hw, settings.workers)
-            for size_hw, mix in rings.items()
-        }
-        self._waiting: dict[tuple[int, int], list[Batch]] = {size_hw: [] for size_hw in rings}
+        self.rings = [
+            PageRing(settings.seed, settings.ring, phase.mix, phase.size_hw, settings.workers)
+            for phase in settings.phases
+        ]
+        self._waiting: tuple[int, list[Batch]] = (0, [])  # of a phase
         self.held = {
             kind: list(held_out(settings.held, 900 + settings.seed, "test", mix, PAGE_HW))
             for kind, mix in {
@@ -147,28 +168,36 @@ class GridReader(Trainee):
             labels[index, : len(row.labels) - 1] = torch.tensor(row.labels[1:])
         return ids, labels
 
-    def _batch(self, ring: PageRing, rng: np.random.Generator, size: int) -> Batch:
+    def _phase(self, step: int) -> int:
+        """Which phase a step is in."""
+        ends = np.cumsum([phase.steps for phase in self.settings.phases[:-1]])
+        return int(np.searchsorted(ends, step, side="right"))
+
+    def _batch(self, index: int, rng: np.random.Generator) -> Batch:
         """Pages with a conversation each; drawn several batches at a time, to pad little."""
-        waiting = self._waiting[ring.size_hw]
-        if not waiting:
+        ring, size = self.rings[index], self.settings.phases[index].batch
+        phase, waiting = self._waiting
+        if not waiting or phase != index:
             pixels, slots, pages = ring.batch(rng, size * SORTED_BATCHES, PATCH_PX, shift_px=7)
             rows = [self._tokens(self._conversation(page, rng), slots.shape[1]) for page in pages]
             by_length = np.argsort([len(row.input_ids) for row in rows]).reshape(-1, size)
-            for part in rng.permutation(by_length):
-                waiting.append((pixels[part], slots[part], [rows[i] for i in part]))
+            waiting = [
+                (pixels[part], slots[part], [rows[i] for i in part])
+                for part in rng.permutation(by_length)
+            ]
+            self._waiting = index, waiting
         return waiting.pop()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        strips = step < settings.strip_steps
-        ring = self.rings[STRIP_HW if strips else PAGE_HW]
+        index = self._phase(step)
+        ring = self.rings[index]
         if not ring.pages:
             ring.drawn = step * settings.renew  # a resumed run goes on to new pages
             ring.fill()
         ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        size = settings.strip_batch if strips else settings.batch
-        pixels, slots, rows = self._batch(ring, rng, size)
+        pixels, slots, rows = self._batch(index, rng)
         ids, labels = self._pad(rows)
         patches = slots.shape[1]
         first_row = int(rng.integers(self.rows - patches // self.columns + 1))
@@ -224,7 +253,7 @@ def answer_weights(labels: Tensor) -> Tensor:
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     if settings.init:
-        settings = replace(settings, strip_steps=0)  # it has learned to find and to copy
+        settings = replace(settings, phases=settings.phases[-1:])  # it knows how to find and copy
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)

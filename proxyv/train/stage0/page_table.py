@@ -37,8 +37,12 @@ class PageTable(nn.Module):
         nn.init.normal_(self.slots.weight, std=0.05)
         self.cells = nn.Linear(3 * CELLS * CELLS, width, bias=False)
         nn.init.normal_(self.cells.weight, std=0.02)
-        self.places = nn.Embedding(self.rows * self.columns, width)  # as a tower's features have
-        nn.init.normal_(self.places.weight, std=0.02)
+        # A place is its row plus its column: what stands above what must not be learned patch by
+        # patch. A tower's features know it too.
+        self.row_places = nn.Embedding(self.rows, width)
+        self.column_places = nn.Embedding(self.columns, width)
+        for places in (self.row_places, self.column_places):
+            nn.init.normal_(places.weight, std=0.04)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
 
     @classmethod
@@ -71,11 +75,11 @@ class PageTable(nn.Module):
         Returns:
             (B, N, width).
         """
-        N = slots.shape[1]
+        rows = torch.arange(first_row, first_row + slots.shape[1] // self.columns)
         offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots != BLANK).unsqueeze(-1)
-        places = self.places.weight[first_row * self.columns :][:N]
+        places = self.row_places(rows)[:, None] + self.column_places.weight  # (rows, columns, D)
         colours = colour_cells(images, self.patch_px)
         # Relative to the paper: else its constant colour drowns what is written on it.
         colours = colours - colours.median(dim=1, keepdim=True).values
-        return written.sum(2) + self.cells(colours) + places
+        return written.sum(2) + self.cells(colours) + places.flatten(0, 1)
