@@ -1,1 +1,135 @@
-"""Token reduction: methods that drop or merge vision tokens, behind one small interface."""
+"""Token reduction: methods that drop or merge vision tokens, behind one small interface.
+
+A method is a frozen object of options, made by ``build_reduction({"method": "fastv", "layer": 2})``
+and listed again by ``options()``. It acts at one stage, and there the model calls it:
+
+=========== =============================================== ======================================
+stage       methods                                         call
+=========== =============================================== ======================================
+image       downsample                                      ``shrink(pixels, patch_px)``
+tower       visionzip, prumerge, average_pool, random_drop  ``reduce(TowerStates) -> CropTokens``
+projector   tokenpacker                                     ``build(...) -> nn.Module``
+decoder     fastv, pyramiddrop, fitprune                    ``run_reduced(model, method, ...)``
+=========== =============================================== ======================================
+
+How a model takes them in:
+
+* ``ProxyVConfig`` holds the mapping (``reduction``, None for none) and builds the method to check
+  it. ``tokens_per_crop`` of the method replaces ``side ** 2`` wherever rows are counted; where it
+  is None the image decides, and placeholders can be matched only after the tower ran.
+* image: ``shrink`` before ``tower_features``, the tower called with
+  ``interpolate_pos_encoding=True``, crops then have the method's side.
+* tower: between ``tower_features`` and the projector. ``attention_layer`` names the encoder layer:
+  "producing" is the one whose output the features are, "last" the last one;
+  ``tower_attention(layer, hidden, has_class)`` makes queries and keys from the hidden state that
+  enters it. Grids survive average_pool, downsample and tokenpacker, so spatial proxies can be made
+  of those; crops of the others are no grids and want learned proxies, with ``CropTokens.valid`` as
+  ``ProxyInitializer``'s ``valid``.
+* projector: ``build`` in place of the stock projector; its features are those of all layers that
+  ``vision_feature_layer`` names, and ``_init_weights`` calls its ``init_weights``.
+* decoder: ``run_reduced`` in place of the stock loop over the layers. ``Rows.build`` takes the
+  image mask without newlines, padding, newlines, positions, and the judging rows
+  (``before_answers(labels)`` in training). ``Rows.restore`` puts the last hidden states back among
+  the S rows, so that labels, loss and generation stay as they are. What decoding needs to know of
+  the stages lies on the cache as ``proxyv_stages``; beams of one sample share it.
+* decoder with ProxyV layers: ordinary layers first run as above. ``Rows.keep`` gives the index of
+  the rows left; the ``SequenceLayout`` of the ProxyV layers is then built from ``Rows.origin``,
+  and a drop inside them indexes full rows, splat rows, positions and masks by the same index.
+  ``FitPrune`` needs image tokens as queries, which ProxyV layers do not have: its scheme has to
+  end before ``start_layer``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from proxyv.cli import nearest
+from proxyv.reduction.average_pool import AveragePool
+from proxyv.reduction.base import (
+    CropTokens,
+    DecoderReduction,
+    ImageReduction,
+    ProjectorReduction,
+    Reduction,
+    TowerReduction,
+    TowerStates,
+)
+from proxyv.reduction.decoding import run_reduced
+from proxyv.reduction.downsample import Downsample
+from proxyv.reduction.fastv import FastV
+from proxyv.reduction.fitprune import FitPrune
+from proxyv.reduction.prumerge import PruMerge
+from proxyv.reduction.pyramiddrop import PyramidDrop
+from proxyv.reduction.random_drop import RandomDrop
+from proxyv.reduction.rows import Rows
+from proxyv.reduction.tokenpacker import TokenPacker
+from proxyv.reduction.visionzip import VisionZip
+
+__all__ = [
+    "METHODS",
+    "AveragePool",
+    "CropTokens",
+    "DecoderReduction",
+    "Downsample",
+    "FastV",
+    "FitPrune",
+    "ImageReduction",
+    "ProjectorReduction",
+    "PruMerge",
+    "PyramidDrop",
+    "RandomDrop",
+    "Reduction",
+    "Rows",
+    "TokenPacker",
+    "TowerReduction",
+    "TowerStates",
+    "VisionZip",
+    "build_reduction",
+    "run_reduced",
+]
+
+METHODS: dict[str, type[Reduction]] = {
+    method.name: method
+    for method in (
+        AveragePool,
+        Downsample,
+        FastV,
+        FitPrune,
+        PruMerge,
+        PyramidDrop,
+        RandomDrop,
+        TokenPacker,
+        VisionZip,
+    )
+}
+
+
+def build_reduction(options: Mapping[str, Any]) -> Reduction:
+    """Make a method from a configuration's mapping.
+
+    Args:
+        options: ``method``, one of ``METHODS``, and any of its options.
+
+    Raises:
+        ValueError: an unknown method or option, one that is missing, or a value out of range.
+    """
+    values = dict(options)
+    name = values.pop("method", None)
+    if name is None:
+        raise ValueError(
+            f"reduction has no 'method', only {sorted(values)}: name one of "
+            f"{', '.join(sorted(METHODS))}"
+        )
+    method = METHODS.get(name)
+    if method is None:
+        raise ValueError(nearest("reduction.method", str(name), METHODS))
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    for option in values:
+        if option not in {field.name for field in fields}:
+            raise ValueError(nearest(f"option of {name}", option, [f.name for f in fields]))
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"reduction method {name!r} needs the option {field.name!r}")
+    return method(**values)

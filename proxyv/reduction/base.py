@@ -133,8 +133,15 @@ class ProjectorReduction(Reduction):
     stage = "projector"
 
     @abstractmethod
-    def build(self, vision_width: int, hidden_size: int, side: int) -> nn.Module:
-        """The projector: (N, side*side, W of all ``feature_layers``) -> (N, n', D)."""
+    def build(self, vision_width: int, hidden_size: int, side: int, levels: int) -> nn.Module:
+        """The projector (N, side*side, levels*W) -> (N, n', D); it has ``init_weights``.
+
+        Args:
+            vision_width: width W of one tower layer.
+            hidden_size: width D of the language model.
+            side: crop side in patches.
+            levels: tower layers that ``vision_feature_layer`` names.
+        """
 
     @abstractmethod
     def tokens_per_crop(self, side: int) -> int:

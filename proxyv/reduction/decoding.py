@@ -188,7 +188,7 @@ def _continue(
 def _drop(rows: Rows, kept: Tensor, hidden: Tensor, renumber: bool) -> tuple[Rows, Tensor]:
     rows, index = rows.keep(kept, renumber)
     # Padding is zero, so that no value of a dropped row lives on in it.
-    return rows, take(hidden, index) * rows.valid[..., None].to(hidden.dtype)
+    return rows, take(hidden, index).masked_fill(~rows.valid[..., None], 0)
 
 
 def _mask(
