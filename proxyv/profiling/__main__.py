@@ -1,0 +1,170 @@
+"""What a model costs: ``python -m proxyv.profiling flops|latency|memory|scaling|breakdown``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from proxyv.cli import run_command
+from proxyv.config import PROXY_KINDS, ProxyVConfig
+from proxyv.model.flops import RowTokens
+from proxyv.profiling.arms import build_arms
+from proxyv.profiling.commands import (
+    breakdown_report,
+    latency_report,
+    memory_report,
+    scaling_report,
+)
+from proxyv.profiling.costs import flops_report
+from proxyv.profiling.paper import PAPER
+from proxyv.profiling.report import Report
+from proxyv.profiling.shapes import from_preset, from_shape, start_layers, with_start
+
+__all__ = ["main"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+_EXAMPLES = """examples:
+  python -m proxyv.profiling flops
+  python -m proxyv.profiling latency --shape layers=4,width=256,heads=4,ffn=512 --start-layers 2
+  python -m proxyv.profiling scaling --preset vicuna-7b --device cuda --output runs/profiling"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m proxyv.profiling",
+        description="FLOPs, time and memory of the baseline and of ProxyV side by side, on random "
+        "weights: nothing is downloaded.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "flops": "analytic FLOPs of a prefill, beside the paper's figures",
+        "latency": "prefill, decoding step, whole answer and training step",
+        "memory": "peak above the weights, and the cache",
+        "scaling": "prefill by number of crops and text tokens",
+        "breakdown": "share of time of each part of a layer",
+    }
+    for name, text in helps.items():
+        _add_options(
+            commands.add_parser(
+                name,
+                help=text,
+                description=text,
+                epilog=_EXAMPLES,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            ),
+            name,
+        )
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    add = parser.add_argument
+    many = " (default: the paper's six)" if command == "flops" else ""
+    add("--preset", help=f"folder under configs/, or several with commas{many}")
+    add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=]")
+    add("--start-layers", help="with commas (default: the paper's, or the preset's)")
+    add("--proxy-kind", choices=PROXY_KINDS, default="spatial", help="default: spatial")
+    if command == "scaling":
+        add("--crops", default="1,2,5,10,20,40", help="default: 1,2,5,10,20,40")
+        add("--text-lengths", default="50", help="with commas (default: 50)")
+    else:
+        add("--crops", type=int, default=5, help="default: 5")
+        add("--text", type=int, default=50, help="text tokens (default: 50)")
+    add("--attn", choices=_ATTENTION, default="sdpa", help="of all arms (default: sdpa)")
+    add("--output", type=Path, help="folder for the JSON file and the plot")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    if command == "flops":
+        return
+    add("--batch", type=int, default=1, help="rows (default: 1)")
+    add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, else float32")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    if command != "memory":
+        add("--repeats", type=int, default=5, help="measured rounds (default: 5)")
+    if command in ("latency", "scaling"):
+        add("--warmup", type=int, default=1, help="rounds before them (default: 1)")
+    if command in ("latency", "memory"):
+        add("--no-training", action="store_true", help="leave the training step out")
+        add("--checkpointing", action="store_true", help="train with gradient checkpointing")
+    if command == "latency":
+        add("--tokens", type=int, default=16, help="of the whole answer (default: 16)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    for name in ("crops", "text", "batch", "repeats", "tokens", "warmup"):
+        least = 0 if name in ("crops", "warmup") else 1
+        value = getattr(args, name, None)
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    report = _flops(args) if args.command == "flops" else _measure(args)
+    report.settings.update(
+        {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    )
+    if args.output is not None:
+        report.save(args.output)
+    report.print(args.json)
+    return 0
+
+
+def _models(args: argparse.Namespace) -> list[tuple[str, ProxyVConfig, Sequence[int]]]:
+    """Name, configuration and start layers of what was asked for."""
+    if args.preset is not None and args.shape is not None:
+        raise ValueError("give --preset or --shape, not both")
+    if args.shape is not None:
+        config = from_shape(args.shape)
+        return [("shape", config, start_layers(args.start_layers, None, config))]
+    presets = list(PAPER) if args.preset is None else args.preset.split(",")
+    configs = {preset: from_preset(preset) for preset in presets}
+    return [(p, c, start_layers(args.start_layers, p, c)) for p, c in configs.items()]
+
+
+def _flops(args: argparse.Namespace) -> Report:
+    row = RowTokens(args.crops, args.text)
+    options = {"proxy_kind": args.proxy_kind}
+    return flops_report(_models(args), row, args.attn != "eager", options)
+
+
+def _measure(args: argparse.Namespace) -> Report:
+    if args.preset is None and args.shape is None:
+        raise ValueError(f"{args.command} needs --preset, such as vicuna-7b, or --shape")
+    models = _models(args)
+    if len(models) > 1:
+        raise ValueError(f"{args.command} measures one preset at a time, got {args.preset!r}")
+    _, config, starts = models[0]
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    config = with_start(config, None, proxy_kind=args.proxy_kind)
+    arms = build_arms(config, list(starts), args.attn, _DTYPES[args.dtype], args.device)
+    if args.command == "scaling":
+        crops, texts = (_numbers(args, name) for name in ("crops", "text_lengths"))
+        return scaling_report(arms, crops, texts, args.batch, args.repeats, args.warmup)
+    row = RowTokens(args.crops, args.text)
+    if args.command == "breakdown":
+        return breakdown_report(arms, row, args.batch, args.repeats)
+    train = not args.no_training
+    if args.command == "memory":
+        return memory_report(arms, row, args.batch, train, args.checkpointing)
+    rounds = (args.repeats, args.warmup, args.tokens)
+    return latency_report(arms, row, args.batch, *rounds, train, args.checkpointing)
+
+
+def _numbers(args: argparse.Namespace, name: str) -> list[int]:
+    parts = getattr(args, name).split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: write 1,2,5")
+    return [int(part) for part in parts]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

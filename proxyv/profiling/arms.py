@@ -1,0 +1,168 @@
+"""The decoders that are compared, on random weights, and what each is asked to do.
+
+The baseline is the stock transformers class itself. A ProxyV arm holds the same weights (the same
+memory, where nothing trains) plus its own modules. Only the decoder runs: rows enter as
+embeddings, and neither the vision tower nor the language-model head is part of it, since both
+cost the same in every arm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from proxyv.config import ProxyVConfig
+from proxyv.model.crops import ImageGrid
+from proxyv.model.decoder import DecoderOptions
+from proxyv.model.families import build_language_model
+from proxyv.model.flops import RowTokens
+from proxyv.model.layout import ImageSpan, build_layout
+from proxyv.profiling.shapes import with_start
+
+__all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows for the arms.
+
+    Attributes:
+        row: what each row of the batch holds.
+        rows: (B, S, D) embeddings, half of the text before the image.
+        step: (B, 1, D) one more, for a decoding step.
+        spans: where the image is, for each row of the batch.
+    """
+
+    row: RowTokens
+    rows: Tensor
+    step: Tensor
+    spans: list[list[ImageSpan]]
+
+
+@dataclass
+class Arm:
+    """One decoder.
+
+    Attributes:
+        name: in tables.
+        config: what was built; ``start_layer`` None is the baseline.
+        model: the decoder.
+    """
+
+    name: str
+    config: ProxyVConfig
+    model: Any
+
+    def inference(self) -> None:
+        """Prepare for inference: guided updates are folded."""
+        self.model.eval()
+        for layer in self.model.layers:
+            update = getattr(layer, "guided_update", None)
+            if update is not None and not layer.is_last:
+                update.fuse()
+
+    def training(self, checkpointing: bool = False) -> None:
+        """Prepare for training: folding is undone."""
+        self.model.train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forget_gradients(self) -> None:
+        """Free all gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def prefill(self, inputs: Inputs) -> Cache:
+        """Read all rows; returns the cache."""
+        cache = DynamicCache(config=self.model.config)
+        self._read(inputs, past_key_values=cache, use_cache=True)
+        return cache
+
+    @torch.no_grad()
+    def decode(self, inputs: Inputs, cache: Cache, steps: int = 1) -> None:
+        """Read so many more tokens, one after another."""
+        for _ in range(steps):
+            self.model(inputs_embeds=inputs.step, past_key_values=cache, use_cache=True)
+
+    def answer(self, inputs: Inputs, tokens: int) -> None:
+        """Prefill and decode so many tokens."""
+        self.decode(inputs, self.prefill(inputs), tokens)
+
+    def train_step(self, inputs: Inputs) -> None:
+        """Forward and backward, gradients for all weights and for the rows; no optimiser."""
+        rows = inputs.rows.detach().requires_grad_()
+        hidden = self._read(inputs, rows=rows, use_cache=False)
+        answer = max(1, inputs.row.text // 2)
+        hidden[:, -answer:].float().square().mean().backward()
+
+    def _read(self, inputs: Inputs, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, S, D) hidden states; the layout is part of what ProxyV costs."""
+        rows = inputs.rows if rows is None else rows
+        if self.config.start_layer is not None and inputs.row.crops:
+            real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            released = self.config.layout == "released"
+            kwargs["layout"] = build_layout(
+                inputs.spans, real, self.config.num_proxies, released=released
+            )
+        return self.model(inputs_embeds=rows, **kwargs).last_hidden_state
+
+
+def build_arms(
+    config: ProxyVConfig, starts: list[int], attention: str, dtype: torch.dtype, device: str
+) -> list[Arm]:
+    """The stock baseline first, then ProxyV from each layer.
+
+    Args:
+        config: the shape.
+        starts: start layers.
+        attention: attention function of all arms.
+        dtype: of all weights.
+        device: where they lie.
+
+    Raises:
+        ValueError: a start layer that the model does not have.
+    """
+    configs = [with_start(config, start) for start in starts]
+    text = with_start(config, None).text_config
+    text.dtype = dtype
+    text._attn_implementation = attention
+    with torch.device(device):
+        stock = AutoModel.from_config(text, dtype=dtype, attn_implementation=attention)
+        arms = [Arm("baseline", with_start(config, None), stock)]
+        for chosen in configs:
+            model = build_language_model(text, _options(chosen)).to(dtype)
+            model.set_attn_implementation(attention)
+            model.load_state_dict(stock.state_dict(), strict=False, assign=True)
+            arms.append(Arm(f"ProxyV-L{chosen.start_layer}", chosen, model))
+    return arms
+
+
+def make_inputs(config: ProxyVConfig, row: RowTokens, batch: int, like: Tensor) -> Inputs:
+    """Random rows of the type, and on the device, of ``like``."""
+    generator = torch.Generator().manual_seed(0)
+    length = row.crops * config.tokens_per_crop + row.text
+    width = config.text_config.hidden_size
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(batch, rows, width, generator=generator).mul_(0.02).to(like)
+
+    grid = ImageGrid(row.crops, config.side, row.crops * config.tokens_per_crop)
+    image = [ImageSpan(row.text // 2, grid)] if row.crops else []
+    return Inputs(row, draw(length), draw(1), [image] * batch)
+
+
+def _options(config: ProxyVConfig) -> DecoderOptions:
+    """What the decoder has to know of the configuration."""
+    return DecoderOptions(
+        start_layer=config.start_layer,
+        side_reduction=config.side_reduction,
+        downsample=config.downsample,
+        guided_width=config.guided_width,
+        released=config.layout == "released",
+        learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
+    )

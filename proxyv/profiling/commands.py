@@ -1,0 +1,285 @@
+"""The measurements: latency, memory, scaling and breakdown, all arms in turn in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from proxyv.model.flops import RowTokens, kv_cache_bytes
+from proxyv.profiling.arms import Arm, Inputs, make_inputs
+from proxyv.profiling.breakdown import PARTS, breakdown
+from proxyv.profiling.costs import decoder_flops
+from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
+from proxyv.profiling.report import Plot, Report
+
+__all__ = ["breakdown_report", "latency_report", "memory_report", "scaling_report"]
+
+_MIB = 1 << 20
+
+
+def latency_report(
+    arms: Sequence[Arm],
+    row: RowTokens,
+    batch: int,
+    repeats: int,
+    warmup: int,
+    tokens: int,
+    train: bool,
+    checkpointing: bool = False,
+) -> Report:
+    """Time of a prefill, a decoding step, a whole answer and a training step.
+
+    Args:
+        arms: the baseline first.
+        row: what each row of the batch holds.
+        batch: rows.
+        repeats: measured rounds.
+        warmup: rounds before them.
+        tokens: of the whole answer.
+        train: measure a training step as well.
+        checkpointing: with gradient checkpointing.
+    """
+    inputs, device, causal = _setting(arms, row, batch)
+    length = inputs.rows.shape[1]
+    measured: dict[str, dict[str, Timing]] = {}
+    for arm in arms:
+        arm.inference()
+    measured["prefill"] = time_interleaved(
+        {arm.name: partial(arm.prefill, inputs) for arm in arms}, device, repeats, warmup
+    )
+    caches = {arm.name: arm.prefill(inputs) for arm in arms}
+    measured["decode step"] = time_interleaved(
+        {arm.name: partial(arm.decode, inputs, caches[arm.name]) for arm in arms},
+        device,
+        repeats,
+        warmup,
+        lambda name: caches[name].crop(-1),
+    )
+    caches.clear()
+    measured["answer"] = time_interleaved(
+        {arm.name: partial(arm.answer, inputs, tokens) for arm in arms}, device, repeats, warmup
+    )
+    if train:
+        measured["training step"] = _time_training(arms, inputs, repeats, warmup, checkpointing)
+    flops = {arm.name: _operation_flops(arm, row, causal, tokens, checkpointing) for arm in arms}
+    rows = [
+        line
+        for operation, timings in measured.items()
+        for line in _timed_rows(operation, timings, {n: f[operation] for n, f in flops.items()})
+    ]
+    ratios = {
+        arm.name: [line["time ratio"] for line in rows if line["arm"] == arm.name] for arm in arms
+    }
+    return Report(
+        name="latency",
+        title=f"Latency: {_describe(arms[0], inputs)}",
+        rows=rows,
+        notes=f"Decoder only; the baseline is the stock class. Answer: prefill and {tokens} "
+        "tokens. Training: forward and backward of all weights"
+        + (", with gradient checkpointing" if checkpointing else "")
+        + ". Spread: distance of the quartiles. FLOPs as run.",
+        plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
+    )
+
+
+def memory_report(
+    arms: Sequence[Arm], row: RowTokens, batch: int, train: bool, checkpointing: bool = False
+) -> Report:
+    """Peak memory above the weights, and the cache; arguments as of ``latency_report``."""
+    inputs, device, _ = _setting(arms, row, batch)
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        arm.inference()
+        arm.prefill(inputs)  # what is made once and kept belongs to no peak
+        found = {"prefill": peak_memory(partial(arm.prefill, inputs), device)}
+        if train:
+            arm.training(checkpointing)
+            found["training"] = peak_memory(partial(arm.train_step, inputs), device)
+            arm.forget_gradients()
+        weights = sum(weight.nbytes for weight in arm.model.parameters())
+        size = inputs.rows.element_size()
+        cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
+        line: dict[str, Any] = {"arm": arm.name, "weights MiB": weights / _MIB}
+        line["KV cache MiB"] = cached / _MIB
+        for operation, peak in found.items():
+            line[f"{operation} peak MiB"] = peak / _MIB
+            first = rows[0] if rows else line
+            line[f"{operation} ratio"] = peak / _MIB / first[f"{operation} peak MiB"]
+        rows.append(line)
+    operations = [name for name in ("prefill", "training") if f"{name} ratio" in rows[0]]
+    return Report(
+        name="memory",
+        title=f"Memory: {_describe(arms[0], inputs)}",
+        rows=rows,
+        notes="Peak above weights; prefill includes the cache, training the gradients"
+        + (", with gradient checkpointing." if checkpointing else "."),
+        plot=Plot(
+            x=operations,
+            series={
+                line["arm"]: [line[f"{name} peak MiB"] for name in operations] for line in rows
+            },
+            y_label="peak above weights, MiB",
+        ),
+    )
+
+
+def scaling_report(
+    arms: Sequence[Arm],
+    crops: Sequence[int],
+    texts: Sequence[int],
+    batch: int,
+    repeats: int,
+    warmup: int,
+) -> Report:
+    """Prefill by number of crops and text tokens; arguments as of ``latency_report``."""
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        arm.inference()
+    for text in texts:
+        for count in crops:
+            row = RowTokens(crops=count, text=text)
+            inputs, device, causal = _setting(arms, row, batch)
+            timings = time_interleaved(
+                {arm.name: partial(arm.prefill, inputs) for arm in arms},
+                device,
+                repeats,
+                warmup,
+            )
+            flops = {arm.name: decoder_flops(arm.config, row, causal, True) for arm in arms}
+            size = inputs.rows.element_size()
+            for arm, line in zip(arms, _timed_rows("prefill", timings, flops), strict=True):
+                peak = peak_memory(partial(arm.prefill, inputs), device)
+                cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
+                more = {"peak MiB": peak / _MIB, "KV cache MiB": cached / _MIB}
+                rows.append({"crops": count, "text": text, **line, **more})
+    series = {
+        f"{arm.name}, {text} text tokens": [
+            line["median ms"] / 1000
+            for line in rows
+            if line["arm"] == arm.name and line["text"] == text
+        ]
+        for arm in arms
+        for text in texts
+    }
+    return Report(
+        name="scaling",
+        title=f"Prefill by crops and text: {_shape(arms[0])}",
+        rows=rows,
+        notes="Decoder only; the baseline is the stock class. Peak above weights, cache included.",
+        plot=Plot(list(crops), series, "prefill, seconds", "crops", lines=True),
+    )
+
+
+def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: int) -> Report:
+    """Share of a layer's time by part; arguments as of ``latency_report``."""
+    inputs, device, _ = _setting(arms, row, batch)
+    found = {arm.name: breakdown(arm, inputs, device, repeats) for arm in arms}
+    first = sum(found[arms[0].name].values())
+    rows = []
+    for name, parts in found.items():
+        whole = sum(parts.values())
+        shares = {f"{part} %": 100 * seconds / whole for part, seconds in parts.items()}
+        layer = "ordinary" if name == arms[0].name else "ProxyV"
+        timed = {"layer ms": 1000 * whole, "ratio": whole / first}
+        rows.append({"arm": name, "layer": layer, **timed, **shares})
+    return Report(
+        name="breakdown",
+        title=f"A layer in a prefill: {_describe(arms[0], inputs)}",
+        rows=rows,
+        notes="Mean layer; of ProxyV arms the ProxyV layers but the last. Rest: rotary positions, "
+        "cache, splitting and joining, additions; an ordinary layer's attention holds the first "
+        "two. Reading the clock costs a little in every part.",
+        plot=Plot(
+            x=list(found),
+            series={p: [1000 * parts[p] for parts in found.values()] for p in PARTS},
+            y_label="ms of a layer",
+            stacked=True,
+        ),
+    )
+
+
+def _setting(arms: Sequence[Arm], row: RowTokens, batch: int) -> tuple[Inputs, torch.device, bool]:
+    """Inputs, device, and whether attention without a mask is causal in the kernel."""
+    weight = next(arms[0].model.parameters())
+    inputs = make_inputs(arms[0].config, row, batch, weight)
+    return inputs, weight.device, arms[0].model.config._attn_implementation != "eager"
+
+
+def _time_training(
+    arms: Sequence[Arm], inputs: Inputs, repeats: int, warmup: int, checkpointing: bool
+) -> dict[str, Timing]:
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        arm.training(checkpointing)
+    found = time_interleaved(
+        {arm.name: partial(arm.train_step, inputs) for arm in arms},
+        inputs.rows.device,
+        repeats,
+        warmup,
+        lambda name: by_name[name].forget_gradients(),
+    )
+    for arm in arms:
+        arm.inference()
+    return found
+
+
+def _operation_flops(
+    arm: Arm, row: RowTokens, causal: bool, tokens: int, checkpointing: bool
+) -> dict[str, int]:
+    """FLOPs as run; a backward pass costs two forward ones, and checkpointing one more."""
+    length = row.crops * arm.config.tokens_per_crop + row.text
+    steps = [
+        decoder_flops(arm.config, RowTokens(0, 1, past=length + done), causal, True)
+        for done in range(tokens)
+    ]
+    prefill = decoder_flops(arm.config, row, causal, True)
+    forward = decoder_flops(arm.config, row, causal, False)
+    return {
+        "prefill": prefill,
+        "decode step": decoder_flops(arm.config, RowTokens(0, 1, past=length), causal, True),
+        "answer": prefill + sum(steps),
+        "training step": forward * (4 if checkpointing else 3),
+    }
+
+
+def _timed_rows(
+    operation: str, timings: dict[str, Timing], flops: dict[str, int]
+) -> list[dict[str, Any]]:
+    """One line for each arm; ratios to the first."""
+    names = list(timings)
+    first = names[0]
+    lines = []
+    for name in names:
+        time_ratio = timings[name].median / timings[first].median
+        flops_ratio = flops[name] / flops[first]
+        lines.append(
+            {
+                "operation": operation,
+                "arm": name,
+                "median ms": 1000 * timings[name].median,
+                "spread ms": 1000 * timings[name].spread,
+                "time ratio": time_ratio,
+                "FLOPs ratio": flops_ratio,
+                "time saved %": 100 * (1 - time_ratio),
+                "FLOPs saved %": 100 * (1 - flops_ratio),
+            }
+        )
+    return lines
+
+
+def _shape(arm: Arm) -> str:
+    text = arm.model.config
+    dtype = str(next(arm.model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"{text.num_hidden_layers} layers, D {text.hidden_size}, {text._attn_implementation}, "
+        f"{dtype}"
+    )
+
+
+def _describe(arm: Arm, inputs: Inputs) -> str:
+    row, batch = inputs.row, inputs.rows.shape[0]
+    rows = f"{row.crops} crops + {row.text} text tokens"
+    return f"{_shape(arm)}, {rows} = {inputs.rows.shape[1]} rows, batch {batch}"

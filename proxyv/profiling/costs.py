@@ -1,0 +1,79 @@
+"""FLOPs of what the arms do, and the table of FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from proxyv.config import ProxyVConfig
+from proxyv.model.flops import RowTokens, paper_flops, run_flops
+from proxyv.profiling.paper import FUSED_QKV, PAPER, PAPER_ROW
+from proxyv.profiling.report import Plot, Report
+from proxyv.profiling.shapes import with_start
+
+__all__ = ["decoder_flops", "flops_report"]
+
+
+def decoder_flops(config: ProxyVConfig, row: RowTokens, causal: bool, folded: bool) -> int:
+    """FLOPs of the decoder layers as they run, without tower, projector and head."""
+    parts = run_flops(config, row, causal=causal, folded=folded)
+    return parts["language_model"] + parts["proxyv"]
+
+
+def flops_report(
+    models: Sequence[tuple[str, ProxyVConfig, Sequence[int]]],
+    row: RowTokens,
+    causal: bool,
+    options: dict[str, Any],
+) -> Report:
+    """FLOPs of a prefill, in the paper's convention and as our code runs.
+
+    Args:
+        models: name, configuration and start layers of each.
+        row: what is read.
+        causal: causal attention is counted once, as fused kernels compute it.
+        options: other fields of ``ProxyVConfig``.
+    """
+    rows: list[dict[str, Any]] = []
+    stated = row == PAPER_ROW and options.get("proxy_kind", "spatial") == "spatial"
+    for name, config, starts in models:
+        fused = name in FUSED_QKV or config.text_config.model_type == "phi3"
+        base: tuple[int, int] | None = None
+        for start in (None, *starts):
+            chosen = with_start(config, start, **options)
+            counts = (
+                paper_flops(chosen, row, fused_qkv=fused),
+                decoder_flops(chosen, row, causal, folded=True),
+            )
+            base = base or counts
+            saved = [100 * (1 - count / full) for count, full in zip(counts, base, strict=True)]
+            figures = PAPER.get(name, {}).get(start) if stated and start is not None else None
+            rows.append(
+                {
+                    "model": name,
+                    "arm": "baseline" if start is None else f"ProxyV-L{start}",
+                    "TFLOPs, paper's count": counts[0] / 1e12,
+                    "saved %": saved[0],
+                    "paper says %": figures.flops if figures else None,
+                    "TFLOPs as run": counts[1] / 1e12,
+                    "saved as run %": saved[1],
+                }
+            )
+    proxied = [line for line in rows if line["arm"] != "baseline"]
+    names = [f"{line['model']} {line['arm'].removeprefix('ProxyV-')}" for line in proxied]
+    series = {
+        "paper's count": [line["saved %"] for line in proxied],
+        "as run": [line["saved as run %"] for line in proxied],
+    }
+    if stated and all(line["paper says %"] is not None for line in proxied):
+        series["paper's figure"] = [line["paper says %"] for line in proxied]
+    attention = "causal attention once" if causal else "attention as S x S"
+    return Report(
+        name="flops",
+        title=f"FLOPs of a prefill: {row.crops} crops, {row.text} text tokens",
+        rows=rows,
+        notes="Decoder layers only. Paper's count: attention as S x S, guided updates unfolded, "
+        "last layer like the others, a fused projection to query, key and value counted twice "
+        f"(Phi-3, InternLM2.5). As run: {attention}, folded, last layer without updates.",
+        plot=Plot(x=names, series=series, y_label="FLOPs saved, %"),
+    )

@@ -1,0 +1,134 @@
+"""One result in three forms: a table on the console, JSON, and a plot beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from proxyv.eval.provenance import git_commit, hardware
+
+__all__ = ["Plot", "Report"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What is drawn.
+
+    Attributes:
+        x: categories, or numbers.
+        series: values by name, one for each x.
+        y_label: with its unit.
+        x_label: with its unit.
+        lines: lines over numbers instead of bars beside each other.
+        stacked: bars on top of each other.
+    """
+
+    x: list[Any]
+    series: dict[str, list[float]]
+    y_label: str
+    x_label: str = ""
+    lines: bool = False
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """A result.
+
+    Attributes:
+        name: of the files.
+        title: over table and plot.
+        rows: one mapping of column to value each; floats as measured.
+        notes: what the numbers mean.
+        settings: what was asked for.
+        plot: its picture.
+    """
+
+    name: str
+    title: str
+    rows: list[dict[str, Any]]
+    notes: str
+    plot: Plot
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with what the numbers depend on."""
+        device = torch.device(self.settings.get("device") or "cpu")
+        packages = ("torch", "transformers")
+        return {
+            "name": self.name,
+            "title": self.title,
+            "notes": self.notes,
+            "settings": self.settings,
+            "rows": self.rows,
+            "plot": asdict(self.plot),
+            "hardware": hardware(device),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "commit": git_commit(),
+        }
+
+    def print(self, as_json: bool) -> None:
+        """Write to the console."""
+        if as_json:
+            print(json.dumps(self.as_dict(), indent=1))
+            return
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        columns = list(self.rows[0])
+        for column in columns:
+            numeric = not isinstance(self.rows[0][column], str)
+            table.add_column(column, justify="right" if numeric else "left")
+        for row in self.rows:
+            table.add_row(*[_cell(row[column]) for column in columns])
+        console = Console()
+        console.print(table)
+        console.print(self.notes, style="dim", highlight=False)
+
+    def save(self, folder: Path) -> None:
+        """Write ``NAME.json`` and ``NAME.png``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        self._draw(folder / f"{self.name}.png")
+
+    def _draw(self, file: Path) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        plot = self.plot
+        figure = Figure(figsize=(max(6.0, 0.7 * len(plot.x) + 3), 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        width = 0.8 if plot.stacked else 0.8 / len(plot.series)
+        floor = [0.0] * len(plot.x)
+        for number, (name, values) in enumerate(plot.series.items()):
+            if plot.lines:
+                axes.plot(plot.x, values, marker="o", label=name)
+            elif plot.stacked:
+                axes.bar(range(len(plot.x)), values, width, bottom=floor, label=name)
+                floor = [low + value for low, value in zip(floor, values, strict=True)]
+            else:
+                shift = (number - (len(plot.series) - 1) / 2) * width
+                places = [place + shift for place in range(len(plot.x))]
+                axes.bar(places, values, width, label=name)
+        if not plot.lines:
+            axes.set_xticks(range(len(plot.x)), [str(x) for x in plot.x])
+            axes.tick_params(axis="x", labelrotation=30 if len(plot.x) > 4 else 0)
+        axes.set_ylim(bottom=0)
+        axes.set(title=self.title, ylabel=plot.y_label, xlabel=plot.x_label)
+        axes.legend(fontsize="small")
+        figure.savefig(file, dpi=120)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 100 else (
+        f"{value:,.0f}" if isinstance(value, float) else str(value)
+    )  # fmt: skip
