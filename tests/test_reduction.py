@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from proxyv.reduction import METHODS, TowerStates, build_reduction
+from proxyv.reduction import METHODS, TowerStates, build_reduction, check_combination
 from proxyv.reduction.average_pool import AveragePool
 from proxyv.reduction.base import STAGES
 from proxyv.reduction.downsample import Downsample
@@ -83,8 +83,48 @@ def test_downsampled_crops_pass_the_tower(generator) -> None:
     small = method.shrink(pixels, 4)
     assert small.shape == (2, 3, 16, 16)
     states = tower(small, interpolate_pos_encoding=True).last_hidden_state
-    assert states.shape[1] - 1 == method.tokens_per_crop(6) == 16
+    assert states.shape[1] - 1 == method.tokens_per_crop(36) == 16
     flat = torch.full((1, 3, 24, 24), 0.7, dtype=torch.bfloat16)
     assert method.shrink(flat, 4).unique().tolist() == flat.unique().tolist()
     with pytest.raises(ValueError, match=r"downsample.side.*1 to 6.*7"):
         Downsample(side=7).shrink(pixels, 4)
+
+
+def combine(options, start_layer=2, proxy_kind="spatial", side_reduction=4) -> None:
+    check_combination(
+        build_reduction(options), num_patches=576, num_layers=4, start_layer=start_layer,
+        proxy_kind=proxy_kind, side_reduction=side_reduction,
+    )  # fmt: skip
+
+
+RAGGED = [
+    {"method": "visionzip", "dominant": 360, "contextual": 40},
+    {"method": "prumerge"},
+    {"method": "random_drop"},
+    {"method": "fastv"},
+    {"method": "pyramiddrop", "layers": [1, 3], "ratios": [0.5, 0.25]},
+    {"method": "fitprune", "scheme": [0, 100, 0, 0]},
+]
+
+
+@pytest.mark.parametrize("options", RAGGED, ids=lambda options: options["method"])
+def test_spatial_proxies_need_a_grid(options) -> None:
+    combine(options, proxy_kind="learned")
+    combine(options, start_layer=None)
+    with pytest.raises(ValueError, match=rf"'spatial'.*'{options['method']}'.*'learned'"):
+        combine(options)
+
+
+def test_spatial_proxies_of_smaller_grids() -> None:
+    combine({"method": "tokenpacker", "scale": 2})
+    combine({"method": "average_pool", "block": 3})
+    combine({"method": "downsample", "side": 20})
+    with pytest.raises(ValueError, match=r"side_reduction=4.*side 6 .*36 tokens.*1, 2, 3, 6"):
+        combine({"method": "tokenpacker", "scale": 4})
+
+
+def test_fitprune_ends_before_the_proxyv_layers() -> None:
+    late = {"method": "fitprune", "scheme": [0, 0, 100, 0]}
+    combine(late, start_layer=3, proxy_kind="learned")
+    with pytest.raises(ValueError, match=r"'fitprune'.*layer 2.*start_layer=2.*fastv"):
+        combine(late, proxy_kind="learned")

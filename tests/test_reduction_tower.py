@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reduction_cases import golden_cases, read
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from proxyv.reduction.attention import tower_attention
+from proxyv.reduction.attention import attention_rows
 from proxyv.reduction.base import CLASS_TOKEN, MERGED, CropTokens, TowerStates
 from proxyv.reduction.prumerge import PruMerge, class_attention, count_outliers
+from proxyv.reduction.random_drop import RandomDrop
+from proxyv.reduction.tower import tower_states
 from proxyv.reduction.visionzip import VisionZip, zip_crops
 
 
@@ -77,12 +79,10 @@ def test_visionzip_in_a_tower_golden(path, attention) -> None:
     tower.load_state_dict({k: v for k, v in state.items() if k in expected_names})
     with torch.no_grad():
         hidden = tower(case["pixel_values"], output_hidden_states=True).hidden_states
-        # Index -2 is the output of the last layer but one.
-        query, key = tower_attention(tower.encoder.layers[-2], hidden[-3], True)
         torch.testing.assert_close(hidden[-2], case["penultimate_hidden"], atol=1e-4, rtol=0)
         kept = case["out_keep_index_unsorted"].sort(dim=1).values
         method = VisionZip(kept.shape[1], case["out_tokens"].shape[1] - kept.shape[1])
-        out = method.reduce(TowerStates(hidden[-2], True, query, key))
+        out = method.reduce(tower_states(tower, hidden, method, -2, True))
     assert torch.equal(out.origin[:, : kept.shape[1]], kept - 1)
     torch.testing.assert_close(out.tokens, case["out_tokens"], atol=1e-4, rtol=0)
 
@@ -243,3 +243,51 @@ def test_prumerge_refusals(generator) -> None:
         PruMerge(ratio=1.5)
     with pytest.raises(ValueError, match=r"prumerge.order.*score, raster.*'index'"):
         PruMerge(order="index")
+
+
+# --- from a tower
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 4,
+    "attn_implementation": "eager",
+}
+
+
+@pytest.mark.parametrize("feature_layer", [-2, 2, -1, [-2]])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_attention_is_that_of_the_layer_named(kind, feature_layer) -> None:
+    tower = (
+        CLIPVisionModel(CLIPVisionConfig(**SIZES))
+        if kind == "clip"
+        else SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False))
+    ).eval()
+    has_class = kind == "clip"
+    with torch.no_grad():
+        out = tower(torch.randn(2, 3, 24, 24), output_hidden_states=True, output_attentions=True)
+        number = feature_layer if isinstance(feature_layer, int) else feature_layer[0]
+        for method, weights in (
+            (VisionZip(3, 2), out.attentions[number if number < 0 else number - 1]),
+            (PruMerge(), out.attentions[-1]),
+        ):
+            given_states = tower_states(tower, out.hidden_states, method, feature_layer, has_class)
+            assert torch.equal(given_states.features, out.hidden_states[number])
+            scaling = given_states.key.shape[-1] ** -0.5
+            ours = attention_rows(given_states.query, given_states.key, scaling)
+            expected = weights[:, :, :1] if has_class else weights
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_tower_refusals() -> None:
+    tower = CLIPVisionModel(CLIPVisionConfig(**SIZES))
+    hidden = tower(torch.randn(1, 3, 24, 24), output_hidden_states=True).hidden_states
+    with pytest.raises(ValueError, match=r"vision_feature_layer=\[1, 2\].*'prumerge'"):
+        tower_states(tower, hidden, PruMerge(), [1, 2], True)
+    with pytest.raises(ValueError, match=r"vision_feature_layer=0.*'visionzip'"):
+        tower_states(tower, hidden, VisionZip(), 0, True)
+    assert tower_states(tower, hidden, RandomDrop(4), 0, True).key is None

@@ -14,17 +14,18 @@ decoder     fastv, pyramiddrop, fitprune                    ``run_reduced(model,
 
 How a model takes them in:
 
-* ``ProxyVConfig`` holds the mapping (``reduction``, None for none) and builds the method to check
-  it. ``tokens_per_crop`` of the method replaces ``side ** 2`` wherever rows are counted; where it
-  is None the image decides, and placeholders can be matched only after the tower ran.
+* ``ProxyVConfig`` holds the mapping (``reduction``, None for none), builds the method to check it,
+  and asks ``check_combination`` whether it goes with the ProxyV layers.
+* ``tokens_per_crop`` of the method replaces ``side ** 2`` wherever rows are counted; where it is
+  None the image decides, and placeholders can be matched only after the tower ran.
 * image: ``shrink`` before ``tower_features``, the tower called with
-  ``interpolate_pos_encoding=True``, crops then have the method's side.
-* tower: between ``tower_features`` and the projector. ``attention_layer`` names the encoder layer:
-  "producing" is the one whose output the features are, "last" the last one;
-  ``tower_attention(layer, hidden, has_class)`` makes queries and keys from the hidden state that
-  enters it. Grids survive average_pool, downsample and tokenpacker, so spatial proxies can be made
-  of those; crops of the others are no grids and want learned proxies, with ``CropTokens.valid`` as
-  ``ProxyInitializer``'s ``valid``.
+  ``interpolate_pos_encoding=True``; crops then have the method's side.
+* tower: between ``tower_features`` and the projector, ``reduce(tower_states(...))``. Nothing is
+  hooked: queries and keys are made from the hidden state that enters the layer that
+  ``attention_layer`` names.
+* Grids survive average_pool, downsample and tokenpacker (``keeps_grid``), so spatial proxies can
+  be made of them. Other crops want learned proxies, with ``CropTokens.valid`` as the ``valid`` of
+  ``ProxyInitializer``.
 * projector: ``build`` in place of the stock projector; its features are those of all layers that
   ``vision_feature_layer`` names, and ``_init_weights`` calls its ``init_weights``.
 * decoder: ``run_reduced`` in place of the stock loop over the layers. ``Rows.build`` takes the
@@ -56,6 +57,7 @@ from proxyv.reduction.base import (
     TowerReduction,
     TowerStates,
 )
+from proxyv.reduction.combination import check_combination
 from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.downsample import Downsample
 from proxyv.reduction.fastv import FastV
@@ -65,6 +67,7 @@ from proxyv.reduction.pyramiddrop import PyramidDrop
 from proxyv.reduction.random_drop import RandomDrop
 from proxyv.reduction.rows import Rows
 from proxyv.reduction.tokenpacker import TokenPacker
+from proxyv.reduction.tower import tower_states
 from proxyv.reduction.visionzip import VisionZip
 
 __all__ = [
@@ -87,7 +90,9 @@ __all__ = [
     "TowerStates",
     "VisionZip",
     "build_reduction",
+    "check_combination",
     "run_reduced",
+    "tower_states",
 ]
 
 METHODS: dict[str, type[Reduction]] = {

@@ -19,7 +19,6 @@ __all__ = [
     "causal_rows",
     "decoder_heads",
     "mean_attention",
-    "tower_attention",
 ]
 
 
@@ -117,24 +116,3 @@ def decoder_heads(
 def _as_heads(index: Tensor, heads: Tensor) -> Tensor:
     """(B, R) -> (B, H, R, h), to gather from ``heads``."""
     return index[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[-1])
-
-
-def tower_attention(layer: Any, hidden: Tensor, has_class: bool) -> tuple[Tensor, Tensor]:
-    """Queries and keys of an encoder layer of the tower, from what enters it.
-
-    Args:
-        layer: of CLIP or SigLIP, with ``layer_norm1`` and ``self_attn.{q,k}_proj``.
-        hidden: (N, c+n, W) hidden state before the layer.
-        has_class: the first row is the class token.
-
-    Returns:
-        Query (N, H, R, h), of the class token only where there is one, and key (N, H, c+n, h);
-        both unscaled.
-    """
-    attn, normed = layer.self_attn, layer.layer_norm1(hidden)
-    query = attn.q_proj(normed[:, :1] if has_class else normed)
-    heads = [
-        rows.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-        for rows in (query, attn.k_proj(normed))
-    ]
-    return heads[0], heads[1]

@@ -27,6 +27,7 @@ class AveragePool(TowerReduction):
 
     block: int = 2
     name: ClassVar[str] = "average_pool"
+    keeps_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_int("average_pool.block", self.block, 1)

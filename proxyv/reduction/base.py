@@ -42,10 +42,23 @@ class Reduction(ABC):
     Attributes:
         name: as a configuration writes it.
         stage: "image", "tower", "projector" or "decoder".
+        keeps_grid: a reduced crop is a square grid again, of which spatial proxies can be made.
     """
 
     name: ClassVar[str]
     stage: ClassVar[str]
+    keeps_grid: ClassVar[bool] = False
+
+    @abstractmethod
+    def tokens_per_crop(self, num_patches: int) -> int | None:
+        """Tokens that enter the decoder for a crop that has ``num_patches`` at full size.
+
+        Returns:
+            The number, or None where it depends on the image.
+
+        Raises:
+            ValueError: the options do not fit crops of that size.
+        """
 
     def options(self) -> dict[str, Any]:
         """The method's name and options, as ``build_reduction`` takes them."""
@@ -61,10 +74,6 @@ class ImageReduction(Reduction):
     @abstractmethod
     def shrink(self, pixels: Tensor, patch_px: int) -> Tensor:
         """(N, 3, height, width) -> (N, 3, smaller height, smaller width), whole patches."""
-
-    @abstractmethod
-    def tokens_per_crop(self, side: int) -> int:
-        """Tokens of a crop that has ``side`` x ``side`` patches at full size."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +131,6 @@ class TowerReduction(Reduction):
     def reduce(self, states: TowerStates) -> CropTokens:
         """Reduce every crop; no crop's result depends on another."""
 
-    @abstractmethod
-    def tokens_per_crop(self, num_patches: int) -> int | None:
-        """Tokens left of a crop of ``num_patches``; None where that depends on the image."""
-
 
 class ProjectorReduction(Reduction):
     """Replaces the projector by one with fewer outputs than inputs, which has to be trained."""
@@ -142,10 +147,6 @@ class ProjectorReduction(Reduction):
             side: crop side in patches.
             levels: tower layers that ``vision_feature_layer`` names.
         """
-
-    @abstractmethod
-    def tokens_per_crop(self, side: int) -> int:
-        """Tokens of a crop of ``side`` x ``side`` patches."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ class DecoderReduction(Reduction):
     stage = "decoder"
     renumber: ClassVar[bool] = False
     all_queries: ClassVar[bool] = False
+
+    def tokens_per_crop(self, num_patches: int) -> int:
+        """All of them: rows are dropped later."""
+        return num_patches
 
     @abstractmethod
     def drops(self, num_layers: int) -> tuple[Drop, ...]:

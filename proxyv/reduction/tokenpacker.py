@@ -10,6 +10,7 @@ Source: TokenPacker (IJCV 2025), section 3, and its published code. Differs: any
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,17 +39,19 @@ class TokenPacker(ProjectorReduction):
     scale: int = 2
     heads: int = 8
     name: ClassVar[str] = "tokenpacker"
+    keeps_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_int("tokenpacker.scale", self.scale, 1)
         require_int("tokenpacker.heads", self.heads, 1)
 
-    def tokens_per_crop(self, side: int) -> int:
+    def tokens_per_crop(self, num_patches: int) -> int:
         """Blocks of a crop.
 
         Raises:
             ValueError: the scale does not divide the side.
         """
+        side = math.isqrt(num_patches)
         if side % self.scale:
             divisors = [str(d) for d in range(1, side + 1) if side % d == 0]
             raise ValueError(
@@ -63,7 +66,7 @@ class TokenPacker(ProjectorReduction):
         Raises:
             ValueError: a side or a width that the options do not divide.
         """
-        self.tokens_per_crop(side)
+        self.tokens_per_crop(side**2)
         if vision_width % self.heads:
             raise ValueError(
                 f"tokenpacker.heads={self.heads} does not divide the tower's width of "
@@ -136,17 +139,26 @@ class TokenPackerProjector(nn.Module):
         Raises:
             ValueError: another number of patches, or of features.
         """
-        N, n, width = features.shape
+        _, n, width = features.shape
         W = self.query_proj.in_features
         if n != self.side**2 or width != self.levels * W:
             raise ValueError(
                 f"tokenpacker got crops of {n} patches with {width} features, but was built for "
                 f"{self.side**2} with {self.levels} x {W}: check vision_feature_layer"
             )
-        coarse = make_spatial_proxies(features[..., -W:], self.side, self.scale, "bilinear")
+        return self.pack(features[..., -W:], features)
+
+    def pack(self, asking: Tensor, asked: Tensor) -> Tensor:
+        """Let the patches ``asking`` (N, n, W), sampled down, attend to ``asked`` (N, n, levels*W).
+
+        Returns:
+            (N, (side/scale)**2, D).
+        """
+        N, _, W = asking.shape
+        coarse = make_spatial_proxies(asking, self.side, self.scale, "bilinear")
         query = self.query_norm(self.query_proj(coarse)).view(-1, 1, W)
-        key = self._blocks(self.key_norm(self.key_mlp(features)))
-        value = self._blocks(self.value_norm(self.value_mlp(features)))
+        key = self._blocks(self.key_norm(self.key_mlp(asked)))
+        value = self._blocks(self.value_norm(self.value_mlp(asked)))
         packed, _ = self.attention(query, key, value, need_weights=False)
         return self.out_mlp(packed.view(N, -1, W))
 
