@@ -43,7 +43,6 @@ def latency_report(
         checkpointing: with gradient checkpointing.
     """
     inputs, device, causal = _setting(arms, row, batch)
-    length = inputs.rows.shape[1]
     measured: dict[str, dict[str, Timing]] = {}
     for arm in arms:
         arm.inference()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import resource
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Report:
             "hardware": hardware(device),
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "commit": git_commit(),
+            "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 
     def print(self, as_json: bool) -> None:
@@ -83,8 +85,10 @@ class Report:
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE, pad_edge=False)
         columns = list(self.rows[0])
         for column in columns:
-            numeric = not isinstance(self.rows[0][column], str)
-            table.add_column(column, justify="right" if numeric else "left")
+            text = isinstance(self.rows[0][column], str)
+            table.add_column(
+                column, justify="left" if text else "right", no_wrap=text, overflow="fold"
+            )
         for row in self.rows:
             table.add_row(*[_cell(row[column]) for column in columns])
         console = Console()

@@ -1,0 +1,147 @@
+"""The profiling command on tiny shapes: every arm does the same work, and every report is whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from proxyv.cli import run_command
+from proxyv.model.flops import RowTokens
+from proxyv.profiling.__main__ import main
+from proxyv.profiling.arms import build_arms, make_inputs
+from proxyv.profiling.breakdown import PARTS, breakdown
+from proxyv.profiling.costs import decoder_flops
+from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
+from proxyv.profiling.shapes import from_shape
+
+SHAPE = "layers=4,width=32,heads=4,key_heads=2,ffn=48,side=4,vocab=60,reduction=2"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def arms():
+    return build_arms(from_shape(SHAPE), [3, 1], "eager", torch.float32, "cpu")
+
+
+def test_arms_share_weights_and_read_text_alike(arms):
+    """Without an image every arm is the stock model, bit for bit."""
+    assert [arm.name for arm in arms] == ["baseline", "ProxyV-L3", "ProxyV-L1"]
+    assert type(arms[0].model).__name__ == "LlamaModel"
+    assert type(arms[0].model).__module__.startswith("transformers.")
+    shared = {weight.data_ptr() for weight in arms[0].model.parameters()}
+    for arm in arms[1:]:
+        assert shared <= {weight.data_ptr() for weight in arm.model.parameters()}
+    inputs = make_inputs(arms[0].config, RowTokens(0, 9), 2, torch.zeros(1))
+    caches = [arm.prefill(inputs) for arm in arms]
+    for cache in caches[1:]:
+        for ours, stock in zip(cache.layers, caches[0].layers, strict=True):
+            torch.testing.assert_close(ours.keys, stock.keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_timed_costs_what_the_formula_says(arms, place):
+    """Prefill folded, training unfolded and with two more passes, and one decoding step."""
+    arm, row = arms[place], RowTokens(2, 7)
+    inputs = make_inputs(arm.config, row, 1, torch.zeros(1))
+    arm.inference()
+    with FlopCounterMode(display=False) as counter:
+        cache = arm.prefill(inputs)
+    assert counter.get_total_flops() == decoder_flops(arm.config, row, False, True)
+    assert cache.get_seq_length() == 2 * 17 + 7
+    with FlopCounterMode(display=False) as counter:
+        arm.decode(inputs, cache)
+    step = RowTokens(0, 1, past=2 * 17 + 7)
+    assert counter.get_total_flops() == decoder_flops(arm.config, step, False, True)
+    arm.training()
+    with FlopCounterMode(display=False) as counter:
+        arm.train_step(inputs)
+    arm.forget_gradients()
+    expected = decoder_flops(arm.config, row, False, False)
+    assert counter.get_total_flops() == pytest.approx(3 * expected, rel=0.1)
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def work():
+        first = torch.ones(1 << 18)  # 1 MiB
+        second = torch.ones(1 << 19)
+        del first
+        third = torch.ones(1 << 18)
+        del second
+        return third
+
+    assert peak_memory(work, CPU) == pytest.approx(3 << 20, abs=1000)
+
+
+def test_interleaving_and_spread():
+    order = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = time_interleaved(works, CPU, repeats=2, warmup=1, after=lambda n: order.append(n * 2))
+    assert order == ["a", "aa", "b", "bb"] * 3
+    assert all(len(timing.seconds) == 2 for timing in found.values())
+    timing = Timing((5.0, 1.0, 2.0, 3.0, 4.0))
+    assert (timing.median, timing.spread) == (3.0, 2.0)
+    assert Timing((1.0, 4.0)).spread == 3.0
+
+
+def test_breakdown_leaves_no_trace(arms):
+    arm = arms[2]
+    inputs = make_inputs(arm.config, RowTokens(1, 7), 1, torch.zeros(1))
+    parts = breakdown(arm, inputs, CPU, repeats=1)
+    assert tuple(parts) == PARTS
+    assert all(seconds > 0 for seconds in parts.values())
+    for module in arm.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert "_call_attention" not in vars(module)
+    with pytest.raises(ValueError, match="start_layer=3"):
+        breakdown(arms[1], inputs, CPU, repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [("flops", 3), ("latency", 12), ("memory", 3), ("scaling", 12), ("breakdown", 3)],
+)
+def test_every_command_writes_table_json_and_plot(command, rows, tmp_path, capsys):
+    options = {
+        "latency": ["--crops", "1", "--text", "6", "--repeats", "2", "--tokens", "2"],
+        "memory": ["--crops", "1", "--text", "6", "--checkpointing"],
+        "scaling": ["--crops", "0,2", "--text-lengths", "3,5", "--repeats", "1"],
+        "breakdown": ["--crops", "1", "--text", "6", "--repeats", "1"],
+    }
+    given = [command, "--shape", SHAPE, "--start-layers", "2,1", "--output", str(tmp_path)]
+    if command != "flops":
+        given += ["--device", "cpu"]
+    assert main([*given, *options.get(command, []), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / f"{command}.json").read_text())
+    for part in ("rows", "plot", "settings", "hardware", "versions"):
+        assert found[part] == saved[part]
+    assert len(found["rows"]) == rows
+    assert (tmp_path / f"{command}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_is_readable(capsys):
+    assert main(["flops", "--preset", "vicuna-7b"]) == 0
+    out = capsys.readouterr().out
+    assert "ProxyV-L12" in out and "45.5" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["latency"], "needs --preset"),
+        (["latency", "--shape", "layers=4,width=8"], "lacks heads, ffn"),
+        (["flops", "--shape", "layer=4"], "did you mean 'layers'"),
+        (["flops", "--preset", "vicuna-7"], "did you mean 'vicuna-7b'"),
+        (["flops", "--shape", SHAPE, "--start-layers", "4"], "start_layer=4"),
+        (["flops", "--shape", SHAPE, "--start-layers", "a"], "--start-layers 'a'"),
+        (["memory", "--shape", SHAPE, "--batch", "0"], "--batch must be at least 1"),
+        (["latency", "--preset", "tiny,smol"], "one preset at a time"),
+    ],
+)
+def test_mistakes_are_one_line(given, message, capsys):
+    assert run_command(main, given) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
