@@ -183,6 +183,8 @@ def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
         dtype=_weight_dtype(settings),
         language_kwargs={**options, **settings.model.language_fields},
     )
+    if options:  # a GGUF was dequantised on loading; its note would say that 4-bit weights follow
+        del model.config.text_config.quantization_config
     return model, _processor(settings, tokenizer, model.config)
 
 
