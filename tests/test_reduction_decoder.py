@@ -8,9 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reduction_cases import golden_cases, read, sister
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    Phi3Config,
+    Phi3Model,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
 from transformers.cache_utils import DynamicCache
 
+from proxyv.reduction.attention import causal_rows, decoder_heads
 from proxyv.reduction.base import DecoderReduction
 from proxyv.reduction.decoding import choose_rows, layer_stages, run_reduced
 from proxyv.reduction.fastv import FastV
@@ -123,6 +133,127 @@ def test_pyramiddrop_batch_golden(path) -> None:
     assert torch.equal(left.positions[left.valid], case["out_position_ids"][left.valid])
 
 
+@pytest.mark.parametrize("setting", ["k2_r50", "k3_r75"])
+@pytest.mark.parametrize("path", golden_cases("fastv"))
+def test_fastv_reads_the_attention_of_the_layer_before_golden(path, setting) -> None:
+    model = golden_llama(path, "fastv", "sdpa")
+    embeds, layer = read(path)["inputs_embeds"], model.layers[int(setting[1]) - 1]
+    rows = Rows.build(one_image(embeds.shape[1]))
+    entering: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+        handle.remove()
+        rope = model.rotary_emb(embeds, position_ids=rows.positions)
+        query, key = decoder_heads(layer, entering[0], rope, rows.queries)
+        ours = causal_rows(query, key, rows, layer.self_attn.scaling)
+    expected = read(path, f"{setting}.")["attn_last_token"]
+    torch.testing.assert_close(ours[0, :, 0], expected, atol=1e-5, rtol=0)
+
+
+def small_family(name: str):
+    sizes = {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 40, "num_hidden_layers": 3, "vocab_size": 40, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if name == "phi3":
+        return Phi3Model(Phi3Config(**sizes)).eval()
+    if name == "qwen2":
+        return Qwen2Model(Qwen2Config(**sizes)).eval()
+    return Qwen3Model(Qwen3Config(**sizes, head_dim=8)).eval()
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "qwen3"])
+def test_attention_computed_again_is_that_of_the_layer(family) -> None:
+    model = small_family(family)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=1, std=0.3)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
+    embeds, image, valid = batch("left")
+    rows = Rows.build(image, valid=valid)
+    with torch.no_grad():
+        weights = model(
+            inputs_embeds=embeds, attention_mask=valid.long(), position_ids=rows.positions,
+            output_attentions=True,
+        ).attentions[0]  # fmt: skip
+        rope = model.rotary_emb(embeds, position_ids=rows.positions)
+        for index in (rows.queries, None):
+            query, key = decoder_heads(model.layers[0], embeds, rope, index)
+            ours = causal_rows(query[:, :, -1:], key, rows, model.layers[0].self_attn.scaling)
+            torch.testing.assert_close(ours[:, :, 0], weights[:, :, -1], atol=1e-5, rtol=0)
+        hidden, left = run_reduced(model, FastV(1, 0.5), embeds, rows=rows)
+    assert left is not None and hidden.shape[:2] == left.valid.shape
+
+
+# --- against a restatement that drops no row but hides it from later layers
+
+
+def slow_run(model, embeds, image, plan, renumber, judges) -> tuple[list[int], Tensor]:
+    """One sample through eager layers, all rows kept.
+
+    Args:
+        plan: layer before which rows go -> (layer whose attention decides, image rows to keep).
+    """
+    S = embeds.shape[0]
+    alive, positions, weights = list(range(S)), torch.arange(S)[None], None
+    hidden = embeds[None]
+
+    def attend(layer) -> tuple[Tensor, dict]:
+        mask = torch.full((1, 1, S, S), torch.finfo(hidden.dtype).min)
+        for i in range(S):
+            for j in range(i + 1):
+                if j in alive or j == i:
+                    mask[0, 0, i, j] = 0
+        rope = model.rotary_emb(hidden, position_ids=positions)
+        given_mask = {"attention_mask": mask, "position_embeddings": rope}
+        return layer.self_attn(layer.input_layernorm(hidden), **given_mask)[1][0], given_mask
+
+    for index, layer in enumerate(model.layers):
+        if index in plan:
+            scoring, keep = plan[index]
+            if scoring == index:
+                weights, _ = attend(layer)
+            assert weights is not None
+            score = [sum(weights[:, q, j].mean().item() for q in judges) for j in range(S)]
+            images = sorted((j for j in alive if image[j]), key=lambda j: -score[j])
+            alive = [j for j in alive if j not in images[keep:]]
+            if renumber:
+                positions = torch.zeros(1, S, dtype=torch.long)
+                positions[0, alive] = torch.arange(len(alive))
+        weights, given_mask = attend(layer)
+        hidden = layer(hidden, position_ids=positions, **given_mask)
+    return alive, model.norm(hidden)[0]
+
+
+@pytest.mark.parametrize("judges", [None, [15, 18]])
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [
+        (FastV(2, 0.5), {2: (1, 6)}),
+        (FastV(1, 0.75), {1: (0, 3)}),
+        (PyramidDrop((2, 4), (0.5, 0.25)), {2: (2, 6), 4: (4, 3)}),
+        (PyramidDrop((1, 2, 5), (0.8, 0.3, 0.0)), {1: (1, 9), 2: (2, 3), 5: (5, 0)}),
+    ],
+    ids=str,
+)
+def test_dropping_is_hiding(method, plan, judges) -> None:
+    model, (embeds, image) = tiny_llama("eager", key_heads=2), samples()[0]
+    given_judges = None
+    if judges is not None:
+        given_judges = torch.zeros(1, 20, dtype=torch.bool)
+        given_judges[0, judges] = True
+    with torch.no_grad():
+        rows = Rows.build(image[None], judges=given_judges)
+        ours, left = run_reduced(model, method, embeds[None], rows=rows)
+        alive, expected = slow_run(model, embeds, image, plan, method.renumber, judges or [19])
+    assert left is not None and left.origin[0].tolist() == alive
+    torch.testing.assert_close(ours[0], expected[alive], atol=1e-4, rtol=0)
+
+
 # --- batches
 
 
@@ -216,6 +347,27 @@ def test_rows_that_stay_get_gradients_and_dropped_ones_only_from_earlier_layers(
     assert embeds.grad is not None
     assert (embeds.grad[valid].abs().sum(dim=-1) > 0).all(), "dropped rows still acted as keys"
     assert not embeds.grad[~valid].any()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_second_turn_at_once_equals_row_by_row(method) -> None:
+    model = tiny_llama(key_heads=2).double()
+    embeds, image, valid = batch("left")
+    more = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(2)).double()
+    outs = []
+    with torch.no_grad():
+        for steps in ([more], more.split(1, dim=1)):
+            cache, mask, decoded = DynamicCache(config=model.config), valid, []
+            rows = Rows.build(image, valid=valid)
+            run_reduced(model, method, embeds.double(), rows=rows, past_key_values=cache)
+            for step in steps:
+                mask = torch.nn.functional.pad(mask, (0, step.shape[1]), value=True)
+                out, _ = run_reduced(
+                    model, method, step, attention_mask=mask, past_key_values=cache
+                )
+                decoded.append(out)
+            outs.append(torch.cat(decoded, dim=1))
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-8, rtol=0)
 
 
 def test_a_cut_cache_decodes_again_alike() -> None:

@@ -79,7 +79,9 @@ def run_reduced(
         model: language model with ``layers``, ``norm``, ``rotary_emb`` and ``config``.
         method: which rows to drop.
         embeds: (B, S, D) new rows.
-        rows: what they are, where they are a prompt; None drops nothing (decoding, text).
+        rows: what they are, where they are a prompt; None drops nothing (decoding, text). Where
+            weights are sharded over processes, give rows for a batch without images too: every
+            process then runs the scoring layers' projections equally often.
         attention_mask: (B, past + S) over the whole sequence, where ``rows`` is None.
         position_ids: (B, S) positions in the whole sequence, where ``rows`` is None; counted over
             ``attention_mask`` if None.
