@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . scripts/env.sh
 ensure_env train synthetic
 
-say "vision tower: reads characters"
-python -m proxyv.train.stage0 tower --run runs/stage0/tower "$@"
 say "language model: answers about pages given as characters"
 python -m proxyv.train.stage0 language --run runs/stage0/language "$@"
+say "vision tower: reads characters, and says how the language model knows them"
+python -m proxyv.train.stage0 tower --run runs/stage0/tower "$@"
