@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Time and memory of ProxyV against stock LlamaModel with sdpa, interleaved in one process each.
 #
-#   bash scripts/benchmark.sh                 about half an hour on two CPU cores
+#   bash scripts/benchmark.sh                 about 40 minutes on two CPU cores
 #   OUTPUT=/tmp/bench REPEATS=9 bash scripts/benchmark.sh
-#   SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 CROPS=1 LARGE=2 bash scripts/benchmark.sh
+#   SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 bash scripts/benchmark.sh
 #
 # What it should show on two CPU cores, as ratios to the stock model (in brackets those of the FLOPs):
 #   prefill with cache   from layer 8 at most 0.64 (0.61), from layer 6 at most 0.53 (0.52)

@@ -1,9 +1,8 @@
 """What a run costs, before it runs: FLOPs of a row and of a step, and memory of a GPU.
 
-FLOPs are multiply-adds times two, attention as S x S (so a little more than a causal kernel does),
-and as our layers compute: unfolded guided updates whose context half is computed once per proxy,
-nothing for full tokens in the last layer, logits for supervised tokens alone. Memory is an
-estimate for planning that has not been compared with a GPU.
+FLOPs are ``proxyv.model.flops.run_flops`` with attention as S x S (so a little more than a causal
+kernel does), guided updates unfolded, logits of supervised tokens alone. Memory is an estimate for
+planning that has not been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from proxyv.model.flops import RowTokens, run_flops
 from proxyv.train.settings import Settings
 from proxyv.train.stages import PartCount
 
@@ -73,15 +73,9 @@ def row_flops(config: Any, row: RowShape, trained: set[str] | None = None) -> di
         FLOPs of "vision_tower", "projector", "language_model", "proxyv" and "lm_head". A frozen
         part costs 1 forward and, where gradients pass through it, 1 backward; a trained one 3.
     """
-    forward = {
-        "vision_tower": row.crops * _tower(config),
-        "projector": row.crops * _projector(config),
-        **_decoder(config, row),
-        "lm_head": 2.0
-        * row.supervised
-        * config.text_config.hidden_size
-        * config.text_config.vocab_size,
-    }
+    forward: dict[str, float] = dict(
+        run_flops(config, RowTokens(row.crops, row.text), head_rows=row.supervised)
+    )
     if trained is None:
         return forward
     passes = {"vision_tower": 1} | {
@@ -93,42 +87,6 @@ def row_flops(config: Any, row: RowShape, trained: set[str] | None = None) -> di
 def trained_parts(parts: list[PartCount]) -> set[str]:
     """Parts whose weights mostly train; adapters on a frozen part cost next to nothing."""
     return {part.part for part in parts if 2 * part.trainable > part.total}
-
-
-def _tower(config: Any) -> float:
-    """One crop through the vision tower; the patches, and all layers, for all are run."""
-    vision = config.vision_config
-    width, tokens = vision.hidden_size, config.side**2 + 1
-    patches = 2.0 * (tokens - 1) * 3 * vision.patch_size**2 * width
-    layer = 2.0 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
-    return patches + vision.num_hidden_layers * (layer + 4.0 * tokens**2 * width)
-
-
-def _projector(config: Any) -> float:
-    width = config.text_config.hidden_size
-    return 2.0 * config.side**2 * (config.vision_config.hidden_size * width + width**2)
-
-
-def _decoder(config: Any, row: RowShape) -> dict[str, float]:
-    """All decoder layers: what the stock layers do, and the guided updates."""
-    text = config.text_config
-    layers, start = text.num_hidden_layers, config.start_layer
-    full, newlines = row.crops * config.side**2, row.crops
-    light = newlines + row.text
-    natural = full + light
-    ordinary = natural * _linear(text) + 4.0 * natural**2 * _query_width(text)
-    if start is None or not row.crops:
-        return {"language_model": layers * ordinary, "proxyv": 0.0}
-    proxies = row.crops * config.proxies_per_crop
-    keys = full * _keys_of_full(text)
-    main = (light + proxies) * _linear(text)
-    seen = light * natural + proxies * (proxies + light)
-    inner = keys + main + 4.0 * seen * _query_width(text)
-    last = keys + light * _linear(text) + 4.0 * light * natural * _query_width(text)
-    return {
-        "language_model": start * ordinary + (layers - start - 1) * inner + last,
-        "proxyv": _guided(config, row, layers - start - 1),
-    }
 
 
 def _query_width(text: Any) -> int:
@@ -145,25 +103,6 @@ def _linear(text: Any) -> float:
     width = text.hidden_size
     attention = 2 * width * _query_width(text) + 2 * width * _key_width(text)
     return 2.0 * (attention + 3 * width * text.intermediate_size)
-
-
-def _keys_of_full(text: Any) -> float:
-    """Keys and values of one full token; a fused projection computes its query as well."""
-    fused = _query_width(text) if text.model_type == "phi3" else 0
-    return 2.0 * text.hidden_size * (2 * _key_width(text) + fused)
-
-
-def _guided(config: Any, row: RowShape, layers: int) -> float:
-    """The guided updates of so many layers, and making learned proxies."""
-    width, hidden = config.text_config.hidden_size, config.guided_width
-    full, proxies = row.crops * config.side**2, row.crops * config.proxies_per_crop
-    flops = layers * 2.0 * full * (2 * width * hidden + hidden**2)
-    flops += layers * 2.0 * proxies * (width * hidden + hidden**2)
-    if config.proxy_kind == "learned" and layers:
-        pairs = full * config.proxies_per_crop
-        flops += 2.0 * full * width * hidden + 2.0 * pairs * (hidden + width)
-        flops += layers * 2.0 * pairs * hidden
-    return flops
 
 
 @dataclass(frozen=True)
