@@ -3,7 +3,8 @@
     python scripts/benchmark_evaluation.py --model runs/quickstart/finetune
 
 Documents of the small world are asked about in the way of `python -m proxyv.eval`. Both ways take
-turns, and the fastest round of each counts, so that other work on the machine disturbs little.
+turns, and the fastest round of each counts. On a machine with other work use OMP_NUM_THREADS=1:
+times are then CPU seconds of the process, which that work changes least.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one, many = (len(work) / min(found) for found in seconds.values())
         print(
             f"{crops} crop{'s' * (crops > 1)}: {one:.2f} questions/s one by one, {many:.2f} in "
-            f"batches of {args.batch_size}: {many / one:.2f} times as many "
+            f"batches of up to {args.batch_size}: {many / one:.2f} times as many "
             f"({torch.get_num_threads()} threads, {answerer.describe()['dtype']})",
             flush=True,
         )
@@ -60,11 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _time(answerer: Answerer, work: Sequence[tuple[str, Image.Image]], size: int) -> float:
     """Seconds for all questions, so many at a time."""
     longest = BENCHMARKS["docvqa"].max_new_tokens
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    longest_input = answerer.length(work[0][0], [(work[0][1].height, work[0][1].width)])
+    if answerer.batch_tokens is not None:
+        size = max(1, min(size, answerer.batch_tokens // longest_input))
+    started = clock()
     for start in range(0, len(work), size):
         questions, images = zip(*work[start : start + size], strict=True)
         answerer.generate(answerer.prepare(questions, [[image] for image in images]), longest)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from proxyv.eval.__main__ import main
 from proxyv.eval.asking import read_ahead
-from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.benchmarks import BENCHMARKS, Sample
+from proxyv.eval.plan import Item, make_batches
 from proxyv.eval.records import append_records, read_records
 from proxyv.eval.runner import RunOptions, evaluate
 from proxyv.eval.sources import Rows
@@ -79,6 +80,27 @@ def test_an_error_in_a_thread_reaches_the_runner() -> None:
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+# ---- batches
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 6), st.integers(1, 150))
+def test_batches_hold_no_more_tokens_than_allowed(
+    lengths: list[int], batch_size: int, most: int
+) -> None:
+    sample = Sample("0", "q", "p", ())
+    items = [Item(i, sample, None, (), False, length) for i, length in enumerate(lengths)]
+    batches = make_batches(items, batch_size, most)
+    flat = [item for batch in batches for item in batch]
+    assert sorted(item.index for item in flat) == list(range(len(lengths)))
+    assert [item.length for item in flat] == sorted(lengths, reverse=True)
+    for place, batch in enumerate(batches):
+        assert len(batch) <= batch_size
+        assert len(batch) == 1 or len(batch) * batch[0].length <= most
+        if place + 1 < len(batches) and len(batch) < batch_size:  # one more is too much
+            assert (len(batch) + 1) * batch[0].length > most
 
 
 # ---- memory

@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device or _own_gpu(team),
         template=args.template,
     )
+    options = dataclasses.replace(options, batch_tokens=answerer.batch_tokens)
     settings = _settings(args.model, answerer, options)
     output = args.output or _default_output(args.model, args.control)
     console = Console(

@@ -25,6 +25,7 @@ __all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("sdpa", "eager")
 STOCK = "llava_next"
+CPU_BATCH_TOKENS = 1024
 
 
 def user_message(question: str, num_images: int) -> dict[str, str]:
@@ -93,6 +94,15 @@ class Answerer:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Input tokens that are worth reading together, None for as many as fit in memory.
+
+        A CPU gains from batches only while few tokens are read: padding needs masks, and what a
+        layer writes should stay in the CPU's cache (docs/log.md has the measurement).
+        """
+        return CPU_BATCH_TOKENS if self.device.type == "cpu" else None
 
     def describe(self) -> dict[str, Any]:
         """What the answers depend on besides the weights."""

@@ -149,14 +149,29 @@ def make_items(
     return items, failures
 
 
-def make_batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+def make_batches(
+    items: Sequence[Item], batch_size: int, most_tokens: int | None = None
+) -> list[list[Item]]:
     """Cut the items into batches of similar length, the longest first.
 
     The order depends on nothing but the items, so that a resumed run has the same batches. What
     does not fit in memory fails in the first batch, not in the last.
+
+    Args:
+        items: the questions.
+        batch_size: most questions in a batch.
+        most_tokens: most input tokens in a batch, padding included; a longer question is alone.
     """
     ordered = sorted(items, key=lambda item: (-item.length, item.index))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    batches: list[list[Item]] = []
+    for item in ordered:
+        last = batches[-1] if batches else []
+        full = len(last) in (0, batch_size)
+        if full or (most_tokens is not None and (len(last) + 1) * last[0].length > most_tokens):
+            batches.append([item])
+        else:
+            last.append(item)
+    return batches
 
 
 def item_images(benchmark: Benchmark, rows: Rows, item: Item) -> list[Image.Image]:

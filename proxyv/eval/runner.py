@@ -58,12 +58,14 @@ class RunOptions:
         limit: number of rows from the start of each task, None for all.
         control: name of a control, None for the real images.
         seed: seed of the shuffled images.
+        batch_tokens: input tokens that are read together at most, None for any number.
     """
 
     batch_size: int = 16
     limit: int | None = None
     control: str | None = None
     seed: int = 0
+    batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):
@@ -134,7 +136,7 @@ def evaluate(
     known = {record["index"] for record in read_records(path)}
     batches = [
         batch
-        for batch in make_batches(items, options.batch_size)
+        for batch in make_batches(items, options.batch_size, options.batch_tokens)
         if any(item.index not in known for item in batch)
     ][team.rank :: team.size]
     own = _part(path, team.rank) if team.size > 1 else path
