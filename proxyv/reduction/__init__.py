@@ -32,7 +32,8 @@ How a model takes them in:
   image mask without newlines, padding, newlines, positions, and the judging rows
   (``before_answers(labels)`` in training). ``Rows.restore`` puts the last hidden states back among
   the S rows, so that labels, loss and generation stay as they are. What decoding needs to know of
-  the stages lies on the cache as ``proxyv_stages``; beams of one sample share it.
+  the stages lies on the cache as ``proxyv_stages``; beams of one sample share it. Where a prompt is
+  read again with an answer behind it, ``judges`` has to name the prompt's last row.
 * decoder with ProxyV layers: ordinary layers first run as above. ``Rows.keep`` gives the index of
   the rows left; the ``SequenceLayout`` of the ProxyV layers is then built from ``Rows.origin``,
   and a drop inside them indexes full rows, splat rows, positions and masks by the same index.

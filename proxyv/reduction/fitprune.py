@@ -91,7 +91,8 @@ def head_max_sums(
 ) -> tuple[Tensor, Tensor]:
     """How much each row is attended to, by text after the images and by image tokens.
 
-    Of every pair of rows the head that attends most counts.
+    Of every pair of rows the head that attends most counts. Text behind the last judging row, an
+    answer that is read again, does not count.
 
     Args:
         query: (B, H, S, h).
@@ -104,10 +105,12 @@ def head_max_sums(
         (B, S) sums over text rows, and over image rows; float32.
     """
     B, S = rows.valid.shape
-    behind = rows.image.int().flip(1).cumsum(dim=1).flip(1) == 0
-    askers = torch.stack([rows.text & behind, rows.image], dim=1).float()  # (B, 2, S)
-    sums = query.new_zeros(B, 2, S, dtype=torch.float32)
     numbers = torch.arange(S, device=query.device)
+    behind = rows.image.int().flip(1).cumsum(dim=1).flip(1) == 0
+    last = rows.queries.masked_fill(~rows.queries_valid, -1).amax(dim=1, keepdim=True)
+    text = rows.text & behind & (numbers <= last)
+    askers = torch.stack([text, rows.image], dim=1).float()  # (B, 2, S)
+    sums = query.new_zeros(B, 2, S, dtype=torch.float32)
     for part in numbers.split(block):
         visible = (numbers <= part[:, None]) & rows.valid[:, None]
         attention = attention_rows(query[:, :, part], key, scaling, visible)
