@@ -102,15 +102,14 @@ def _watched(layers: list[Any], clock: _Clock) -> Iterator[None]:
                 del layer._call_attention  # the method of the class is back
 
 
-def breakdown(arm: Arm, inputs: Inputs, device: torch.device, repeats: int) -> dict[str, float]:
-    """Mean seconds that one layer of a prefill spends in each part.
+def breakdown(arm: Arm, inputs: Inputs, device: torch.device) -> dict[str, float]:
+    """Mean seconds that one layer of one prefill spends in each part.
 
     Args:
         arm: of a baseline all layers are looked at; of ProxyV the ProxyV layers but the last,
             which does less.
         inputs: what is read.
         device: that it runs on.
-        repeats: prefills after one warm-up.
 
     Returns:
         Seconds by part, in the order of ``PARTS``.
@@ -126,15 +125,10 @@ def breakdown(arm: Arm, inputs: Inputs, device: torch.device, repeats: int) -> d
             "no full token: use a smaller one"
         )
     clock = _Clock(device)
-    total: dict[str, float] = defaultdict(float)
-    arm.inference()
     with _watched(layers, clock):
-        for turn in range(1 + repeats):
-            arm.prefill(inputs)
-            for part, seconds in clock.take().items():
-                total[part] += seconds * (turn > 0) / (repeats * len(layers))
+        arm.prefill(inputs)
+        found = clock.take()
     if start is None:
-        total["attention"] = total["self_attn"] - total["projections"]
-    known = sum(total[part] for part in PARTS)
-    total["rest"] = total["layer"] - known
-    return {part: total[part] for part in PARTS}
+        found["attention"] = found["self_attn"] - found["projections"]
+    found["rest"] = found["layer"] - sum(found[part] for part in PARTS if part != "rest")
+    return {part: found[part] / len(layers) for part in PARTS}

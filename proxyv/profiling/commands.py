@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -175,7 +176,15 @@ def scaling_report(
 def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: int) -> Report:
     """Share of a layer's time by part; arguments as of ``latency_report``."""
     inputs, device, _ = _setting(arms, row, batch)
-    found = {arm.name: breakdown(arm, inputs, device, repeats) for arm in arms}
+    for arm in arms:
+        arm.inference()
+    turns = [
+        {arm.name: breakdown(arm, inputs, device) for arm in arms} for _ in range(1 + repeats)
+    ][1:]  # the first warms up
+    found = {
+        arm.name: {part: median(turn[arm.name][part] for turn in turns) for part in PARTS}
+        for arm in arms
+    }
     first = sum(found[arms[0].name].values())
     rows = []
     for name, parts in found.items():
@@ -188,7 +197,7 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
         name="breakdown",
         title=f"A layer in a prefill: {_describe(arms[0], inputs)}",
         rows=rows,
-        notes="Mean layer; of ProxyV arms the ProxyV layers but the last. Rest: rotary positions, "
+        notes="Mean layer, median of the repeats; of ProxyV arms the ProxyV layers but the last. Rest: rotary positions, "
         "cache, splitting and joining, additions; an ordinary layer's attention holds the first "
         "two. Reading the clock costs a little in every part.",
         plot=Plot(

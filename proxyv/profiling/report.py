@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import resource
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,14 @@ class Report:
                 shift = (number - (len(plot.series) - 1) / 2) * width
                 places = [place + shift for place in range(len(plot.x))]
                 axes.bar(places, values, width, label=name)
-        if not plot.lines:
+        if plot.lines:
+            axes.set_xticks(plot.x)
+        else:
             axes.set_xticks(range(len(plot.x)), [str(x) for x in plot.x])
             axes.tick_params(axis="x", labelrotation=30 if len(plot.x) > 4 else 0)
         axes.set_ylim(bottom=0)
-        axes.set(title=self.title, ylabel=plot.y_label, xlabel=plot.x_label)
+        title = textwrap.fill(self.title, int(12 * figure.get_figwidth()))
+        axes.set(title=title, ylabel=plot.y_label, xlabel=plot.x_label)
         axes.legend(fontsize="small")
         figure.savefig(file, dpi=120)
 
