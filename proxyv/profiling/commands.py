@@ -198,8 +198,8 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
         title=f"A layer in a prefill: {_describe(arms[0], inputs)}",
         rows=rows,
         notes="Mean layer, median of the repeats; of ProxyV arms the ProxyV layers but the last. "
-        "Rest: rotary positions, cache, splitting and joining, additions; an ordinary layer's attention holds the first "
-        "two. Reading the clock costs a little in every part.",
+        "Rest: rotary positions, cache, splitting and joining, additions; an ordinary layer's "
+        "attention holds the first two. Reading the clock costs a little in every part.",
         plot=Plot(
             x=list(found),
             series={p: [1000 * parts[p] for parts in found.values()] for p in PARTS},
