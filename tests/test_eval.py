@@ -655,3 +655,9 @@ def test_the_table_fits_eighty_columns() -> None:
     assert "…" not in text
     for part in (*names, "chartqa", "0.4000 .. 0.6000", "12345", "failed"):
         assert part in text
+
+
+def test_transparent_parts_are_white_as_in_training() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(buffer, "PNG")
+    assert open_image(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)

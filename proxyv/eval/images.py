@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
+
+from proxyv.model.images import to_rgb
 
 __all__ = ["image_bytes", "image_size_hw", "open_image"]
 
@@ -41,14 +43,14 @@ def image_bytes(cell: Any, folder: Path | None) -> bytes:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Decode an image to RGB, upright.
+    """Decode an image as training does: upright, in RGB, transparent parts white.
 
     Raises:
         ValueError: the bytes are no complete image.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except BROKEN as error:
         raise ValueError(f"the image cannot be decoded ({error})") from error
 

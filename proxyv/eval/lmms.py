@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from proxyv.data.templates import IMAGE_MARK
 from proxyv.eval.answerer import Answerer, user_message
 from proxyv.eval.team import join_team
+from proxyv.model.images import to_rgb
 
 __all__ = ["ProxyV", "manifest"]
 
@@ -127,7 +128,7 @@ class ProxyV(lmms):
         context, settings, doc_to_visual, doc_id, task, split = request.args
         _refuse_sampling(task, settings)
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        images = [visual.convert("RGB") for visual in visuals]
+        images = [to_rgb(visual) for visual in visuals]
         message = user_message(context, 0 if IMAGE_MARK in context else len(images))
         return Request(place, message, images, int(settings.get("max_new_tokens", MAX_NEW_TOKENS)))
 
