@@ -290,7 +290,10 @@ def test_every_kind_of_sharding_gives_the_same_model(every_run):
 
 
 def test_parts_and_groups(world):
-    settings = settings_for(world, **{"optim.weight_decay": 0.1, "optim.projector_lr": 0.5})
+    settings = settings_for(
+        world,
+        **{"optim.weight_decay": 0.1, "optim.projector_lr": 0.5, "optim.proxyv_lr": 1e-3},
+    )
     model = build(resolve(settings)).model
     total = sum(parameter.numel() for parameter in model.parameters())
     apply_stage(model, "pretrain")

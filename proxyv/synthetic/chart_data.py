@@ -17,7 +17,7 @@ __all__ = ["Chart", "Kind", "NumberFormat", "Plan", "draw_chart", "draw_plan"]
 
 Kind = Literal["bar", "hbar", "grouped", "line", "pie"]
 KINDS: tuple[Kind, ...] = ("bar", "hbar", "grouped", "line", "pie")
-KIND_SHARES = (0.26, 0.20, 0.16, 0.22, 0.16)
+KIND_SHARES = (0.29, 0.23, 0.12, 0.20, 0.16)
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MEASURES = (
     "sales", "prices", "exports", "imports", "output", "costs", "users", "orders", "scores",
@@ -101,12 +101,13 @@ def draw_plan(rng: np.random.Generator, small: bool = False) -> Plan:
         num_categories = 3 if kind == "pie" else int(rng.integers(2, 4))
         return Plan(kind, num_categories, 1, bool(rng.random() < 0.75))
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
-    num_categories, num_series, shown = int(rng.integers(3, 7)), 1, 0.63
+    # No more than 144 patches can show: of six bars the values could not be read any more.
+    num_categories, num_series, shown = int(rng.integers(3, 6)), 1, 0.6
     if kind == "grouped":
-        num_categories, num_series, shown = int(rng.integers(2, 5)), int(rng.integers(2, 4)), 0.3
+        num_categories, num_series, shown = int(rng.integers(2, 4)), 2, 0.3
     elif kind == "line":
-        num_series = (1, 2, 3)[int(rng.choice(3, p=(0.55, 0.3, 0.15)))]
-        shown = 0.63 if num_series == 1 else 0.0
+        num_series = 1 if rng.random() < 0.7 else 2
+        shown = 0.6 if num_series == 1 else 0.0
     return Plan(kind, num_categories, num_series, bool(rng.random() < shown))
 
 
@@ -169,8 +170,9 @@ def _draw_axis(
     steps = ((2.0, 10.0, 20.0), (50.0, 100.0, 200.0), (1.0, 2.0, 5.0, 10.0), (10.0, 20.0))[style]
     step = float(steps[int(rng.integers(len(steps)))])
     num_ticks = int(rng.integers(4, 6))
-    # Without printed values every value lies on a grid line or half-way between two.
-    grain = 10.0**-number.decimals if plan.values_shown else step / 2
+    # Without printed values every value lies on a grid line: half of the distance between two is
+    # less than a patch.
+    grain = 10.0**-number.decimals if plan.values_shown else step
     low = max(1, round(0.12 * step * num_ticks / grain))
     if style == 1 and plan.values_shown:
         low = 100  # three digits are wanted

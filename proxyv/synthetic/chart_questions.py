@@ -24,11 +24,11 @@ KIND_NAMES = {
 # How often each kind of question is asked, where the chart allows it.
 SHARES = {
     "lookup": 0.36,
-    "extremum": 0.22,
-    "compare": 0.12,
+    "extremum": 0.20,
+    "compare": 0.10,
     "count": 0.08,
-    "colour": 0.10,
-    "text": 0.08,
+    "colour": 0.12,
+    "text": 0.10,
     "arithmetic": 0.04,
 }
 

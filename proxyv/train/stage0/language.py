@@ -78,8 +78,8 @@ class Phase:
 # stands above it on charts of a few bars; on full pages alone either takes hours (docs/log.md).
 CURRICULUM = (
     Phase(700, STRIP_HW, 24, Mix(text=0.25, documents=0.75, charts=0.0)),
-    Phase(1500, PAGE_HW, 12, Mix(0.03, 0.2, 0.2, 0.57, chart_questions=(6, 10))),
-    Phase(0, PAGE_HW, 12, Mix(0.04, 0.36, 0.45, 0.15, chart_questions=(6, 10))),
+    Phase(1500, PAGE_HW, 12, Mix(0.03, 0.17, 0.2, 0.6, chart_questions=(6, 10))),
+    Phase(0, PAGE_HW, 12, Mix(0.04, 0.3, 0.56, 0.1, chart_questions=(6, 10))),
 )
 
 
@@ -93,7 +93,7 @@ class LanguageSettings:
     phases: tuple[Phase, ...] = CURRICULUM
     seed: int = 12
     ring: int = 3000
-    renew: int = 6
+    renew: int = 4
     workers: int = 1
     held: int = 64
     init: Path | None = None
@@ -253,7 +253,7 @@ def answer_weights(labels: Tensor) -> Tensor:
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     if settings.init:
-        settings = replace(settings, phases=settings.phases[-1:])  # it knows how to find and copy
+        settings = replace(settings, phases=settings.phases[1:])  # it knows how to find and copy
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)

@@ -2,7 +2,7 @@
 
 Drawing a page costs as much as training on it, so pages live in a ring that is renewed a few at a
 time; each use shifts the page by some pixels, which moves every character within its patch, and
-may stretch and slant it, which makes new typefaces of the few that there are.
+may stretch and slant it, which makes new typefaces of the few that there are, and tint it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proxyv.synthetic.page import Page, Split
 from proxyv.synthetic.world import Mix, draw_page
 from proxyv.train.stage0.targets import glyph_array, patch_targets
 
-__all__ = ["PageRing", "held_out", "warped"]
+__all__ = ["PageRing", "held_out", "tinted", "warped"]
 
 
 START_PAGES = 1000  # what training begins with
@@ -92,8 +92,9 @@ class PageRing:
         patch_px: int,
         shift_px: int,
         stretch: float = 0.0,
+        tint: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray, list[Page]]:
-        """Draw a batch of pages, each seen a little differently (see ``warped``).
+        """Draw a batch of pages, each seen a little differently (see ``warped``, ``tinted``).
 
         Returns:
             images (B, H, W, 3) uint8, targets (B, patches, SLOTS) int64, and the pages.
@@ -104,6 +105,8 @@ class PageRing:
         for index in chosen:
             image, glyphs = self.arrays[index]
             image, glyphs = warped(image, glyphs, rng, shift_px, stretch)
+            if rng.random() < tint:
+                image = tinted(image, rng)
             images.append(image)
             targets.append(patch_targets(glyphs, grid, patch_px))
         return np.stack(images), np.stack(targets), [self.pages[i] for i in chosen]
@@ -147,6 +150,17 @@ def warped(
     moved = glyphs.copy()
     moved[:, 1:] = (glyphs[:, 1:] - middle) @ forward.T + middle + move
     return bent, moved
+
+
+def tinted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Print a page on other paper with another ink: black and white become two drawn colours.
+
+    In one case of four the ink is lighter than the paper. (H, W, 3) uint8 to the same.
+    """
+    paper, ink = rng.uniform(150, 255, size=3), rng.uniform(0, 90, size=3)
+    if rng.random() < 0.25:
+        paper, ink = ink, paper
+    return (ink + (paper - ink) * (image / 255.0)).round().astype(np.uint8)
 
 
 def held_out(

@@ -72,7 +72,8 @@ class TowerSettings:
     init: Path | None = None
     language: Path = Path("data/tiny/language")
     stretch: float = 0.1
-    mix: Mix = field(default_factory=lambda: Mix(text=0.45, documents=0.33, charts=0.22))
+    tint: float = 0.5
+    mix: Mix = field(default_factory=lambda: Mix(text=0.35, documents=0.3, charts=0.35))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -123,7 +124,9 @@ class ReadingTower(Trainee):
             self.ring.fill()
         self.ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        pixels, slots, _ = self.ring.batch(rng, settings.batch, PATCH_PX, 7, settings.stretch)
+        pixels, slots, _ = self.ring.batch(
+            rng, settings.batch, PATCH_PX, 7, settings.stretch, settings.tint
+        )
         images, target = to_tensor(pixels), torch.from_numpy(slots)
         with torch.autocast("cpu", torch.bfloat16):
             features = self.features(images)
