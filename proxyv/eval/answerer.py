@@ -72,6 +72,7 @@ class Answerer:
 
         Raises:
             CommandError: no such folder, or an option that does not exist.
+        ValueError: weights that do not fit the configuration.
         """
         place = _device(device)
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
@@ -225,12 +226,11 @@ def _load_weights(name: str, kind: str, options: Mapping[str, Any]) -> Any:
         model, report = ProxyVForConditionalGeneration.from_pretrained(
             name,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
             **options,
         )
     except SafetensorError as error:
         raise CommandError(f"--model {name}: damaged weights ({error})") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for what in ("missing_keys", "unexpected_keys"):
         if report[what]:
             raise CommandError(
                 f"--model {name}: the weights do not fit config.json, {len(report[what])} "

@@ -37,6 +37,7 @@ from proxyv.model.card import ModelCardMixin
 from proxyv.model.crops import image_grids
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
+from proxyv.model.fit import check_fit
 from proxyv.model.generation import ImageGenerationMixin
 from proxyv.model.head import LanguageHead, supervised_rows
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
@@ -263,7 +264,8 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             **kwargs: passed on; fields of ``ProxyVConfig`` set the configuration.
 
         Raises:
-            ValueError: fields that contradict the weights, such as another start layer.
+            ValueError: fields, or a ``config.json``, that contradict the weights: another start
+                layer, kind of proxies, depth or width.
         """
         name = pretrained_model_name_or_path
         if name is not None:
@@ -272,10 +274,16 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
             kwargs["config"], kwargs["state_dict"] = read_release(name, fields, **kwargs)
             name = None
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        report_wanted = kwargs.pop("output_loading_info", False)
+        any_size = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model, report = loaded
+        source = pretrained_model_name_or_path or "the given state_dict"
+        check_fit(source, model.config, report, model.state_dict().keys(), sizes=not any_size)
         model.freeze_unused()
-        return loaded
+        return (model, report) if report_wanted else model
 
     def freeze_unused(self) -> list[str]:
         """Freeze the new modules of the last layer, which nothing reads.

@@ -1,0 +1,129 @@
+"""Whether saved weights fit a configuration, said in the configuration's words.
+
+transformers names tensors where weights do not fit, and only warns where modules are new or
+unknown. Here the option is named, its value, and the value that the weights have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn
+
+__all__ = ["check_fit"]
+
+_LAYERS = {
+    "text_config": re.compile(r"\blanguage_model\.layers\.(\d+)\."),
+    "vision_config": re.compile(r"\bvision_tower\..*\blayers\.(\d+)\."),
+}
+_PROXYV = re.compile(r"\blayers\.(\d+)\.(guided_update|proxy_initializer)\.")
+
+# Tensor, dimension, the option that it follows from, and the option's value for a size; what a
+# model is as a whole comes first, because everything else follows from it.
+_SIZES: tuple[tuple[str, int, str, Callable[[int, Any], Any]], ...] = (
+    (r"embed_tokens\.weight", 1, "text_config.hidden_size", lambda size, _: size),
+    (r"embed_tokens\.weight", 0, "text_config.vocab_size", lambda size, _: size),
+    (r"mlp\.(gate|up)_proj\.weight", 0, "text_config.intermediate_size", lambda size, _: size),
+    (r"mlp\.gate_up_proj\.weight", 0, "text_config.intermediate_size", lambda size, _: size // 2),
+    (r"\.q_proj\.weight", 0, "text_config.num_attention_heads", lambda size, c: size // _head(c)),
+    (r"\.k_proj\.weight", 0, "text_config.num_key_value_heads", lambda size, c: size // _head(c)),
+    (r"patch_embedding\.weight", 0, "vision_config.hidden_size", lambda size, _: size),
+    (r"patch_embedding\.weight", 2, "vision_config.patch_size", lambda size, _: size),
+    (r"position_embedding\.weight", 0, "vision_config.image_size", lambda n, c: _image_px(n, c)),
+    (r"\.mlp\.fc1\.weight", 0, "vision_config.intermediate_size", lambda size, _: size),
+    (
+        r"guided_update\.input_proj\.weight",
+        0,
+        "guided_ratio",
+        lambda size, c: size / c.text_config.hidden_size,
+    ),
+    (r"proxy_initializer\.queries", 0, "learned_proxies", lambda size, _: size),
+)
+
+
+def check_fit(
+    name: object,
+    config: Any,
+    report: Mapping[str, Any],
+    expected: Collection[str],
+    *,
+    sizes: bool = True,
+) -> None:
+    """Refuse weights of another depth, variant or width than the configuration's.
+
+    Args:
+        name: what was loaded, for the message.
+        config: the ``ProxyVConfig`` of the model.
+        report: what transformers says of loading: ``missing_keys`` and ``unexpected_keys``
+            (names) and ``mismatched_keys`` (name, shape in the file, shape in the model).
+        expected: names of all tensors of the model.
+        sizes: refuse other widths too; not where the caller asked for new tensors instead.
+
+    Raises:
+        ValueError: naming the option, its value and the one that the weights have.
+    """
+    held = (set(expected) - set(report["missing_keys"])) | set(report["unexpected_keys"])
+    _check_depth(name, config, held)
+    _check_variant(name, config, held)
+    if not sizes:
+        return
+    shapes = {key: (tuple(file), tuple(own)) for key, file, own in report["mismatched_keys"]}
+    for pattern, dim, option, value in _SIZES:
+        part = "vision_tower" if option.startswith("vision") else "language_model"
+        for key, (file, own) in sorted(shapes.items()):
+            if part not in key or not re.search(pattern, key):
+                continue
+            if len(file) == len(own) and file[dim] != own[dim]:
+                _refuse(name, option, _current(config, option), value(file[dim], config))
+    if shapes:
+        key, (file, own) = min(shapes.items())
+        raise ValueError(
+            f"the configuration does not fit the weights of {name}: {key} is {file} there, but "
+            f"{own} in the model, and so {len(shapes)} tensors in all; load another model"
+        )
+
+
+def _check_depth(name: object, config: Any, held: set[str]) -> None:
+    """Refuse another number of layers of the language model or of the tower."""
+    for part, layer in _LAYERS.items():
+        found = {int(match[1]) for match in map(layer.search, held) if match}
+        depth = _current(config, f"{part}.num_hidden_layers")
+        if found and len(found) != depth:
+            _refuse(name, f"{part}.num_hidden_layers", depth, len(found))
+
+
+def _check_variant(name: object, config: Any, held: set[str]) -> None:
+    """Refuse ProxyV modules of other layers or of another kind than the configuration's."""
+    modules = {(int(m[1]), m[2]) for m in map(_PROXYV.search, held) if m}
+    if not modules:
+        return  # a baseline: all of them are new
+    start = min(layer for layer, _ in modules)
+    if start != config.start_layer:
+        _refuse(name, "start_layer", config.start_layer, start)
+    kind = "learned" if (start, "proxy_initializer") in modules else "spatial"
+    if kind != config.proxy_kind:
+        _refuse(name, "proxy_kind", config.proxy_kind, kind)
+
+
+def _refuse(name: object, option: str, value: Any, found: Any) -> NoReturn:
+    raise ValueError(
+        f"{option}={value!r} does not fit the weights of {name}, which have {option}={found!r}: "
+        f"set it to {found!r}, or load another model"
+    )
+
+
+def _current(config: Any, option: str) -> Any:
+    for part in option.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _head(config: Any) -> int:
+    """Width of an attention head of the language model."""
+    text = config.text_config
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _image_px(positions: int, config: Any) -> int:
+    """Pixels a side of a tower with so many positions, the class token's included."""
+    return round((positions - 1) ** 0.5) * config.vision_config.patch_size

@@ -1,0 +1,71 @@
+"""A configuration that does not fit the weights is refused in the configuration's own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+
+from proxyv import ProxyVForConditionalGeneration
+
+LEARNED = {"proxy_kind": "learned", "learned_proxies": 3}
+PHI3 = {"text": {"model_type": "phi3"}}
+
+
+def edited(folder: Path, changes: dict, **options) -> Path:
+    """A saved model whose ``config.json`` somebody has edited."""
+    tiny_model(start_layer=1, **options).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        part, _, field = name.rpartition(".")
+        (config[part] if part else config)[field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"text_config.hidden_size": 64}, {}, ["text_config.hidden_size=64", "set it to 32"]),
+        ({"text_config.vocab_size": 61}, {}, ["text_config.vocab_size=61", "set it to 60"]),
+        ({"text_config.intermediate_size": 50}, {}, ["intermediate_size=50", "set it to 48"]),
+        ({"text_config.intermediate_size": 50}, PHI3, ["intermediate_size=50", "set it to 48"]),
+        ({"text_config.num_attention_heads": 8}, {}, ["num_attention_heads=8", "set it to 4"]),
+        ({"text_config.num_key_value_heads": 4}, {}, ["num_key_value_heads=4", "set it to 2"]),
+        ({"text_config.num_key_value_heads": 4}, PHI3, ["qkv_proj.weight is (64, 32)", "(96, 32)"]),
+        ({"text_config.num_hidden_layers": 3}, {}, ["text_config.num_hidden_layers=3", "to 4"]),
+        ({"text_config.num_hidden_layers": 5}, {}, ["text_config.num_hidden_layers=5", "to 4"]),
+        ({"vision_config.num_hidden_layers": 1}, {}, ["vision_config.num_hidden_layers=1", "to 2"]),
+        ({"vision_config.hidden_size": 32}, {}, ["vision_config.hidden_size=32", "set it to 16"]),
+        ({"vision_config.patch_size": 2}, {}, ["vision_config.patch_size=2", "set it to 4"]),
+        ({"vision_config.image_size": 32}, {}, ["vision_config.image_size=32", "set it to 16"]),
+        ({"vision_feature_layer": [-1, -2]}, {}, ["linear_1.weight is (32, 16)", "(32, 32)"]),
+        ({"guided_ratio": 0.25}, {}, ["guided_ratio=0.25", "set it to 0.5"]),
+        ({"start_layer": 2}, {}, ["start_layer=2", "set it to 1"]),
+        ({"start_layer": 0}, {}, ["start_layer=0", "set it to 1"]),
+        ({"start_layer": None}, {}, ["start_layer=None", "set it to 1"]),
+        ({"proxy_kind": "learned"}, {}, ["proxy_kind='learned'", "set it to 'spatial'"]),
+        ({"learned_proxies": 4}, LEARNED, ["learned_proxies=4", "set it to 3"]),
+        (
+            {"proxy_kind": "spatial", "learned_proxies": None},
+            LEARNED,
+            ["proxy_kind='spatial'", "set it to 'learned'"],
+        ),
+    ],
+)
+def test_an_edited_configuration_is_named(changes, options, words, tmp_path) -> None:
+    folder = edited(tmp_path, changes, **options)
+    with pytest.raises(ValueError) as error:
+        ProxyVForConditionalGeneration.from_pretrained(folder)
+    for word in [*words, str(folder)]:
+        assert word in str(error.value)
+
+
+def test_a_caller_may_still_ask_for_new_tensors_in_place_of_others(tmp_path) -> None:
+    folder = edited(tmp_path, {"text_config.vocab_size": 61})
+    model, report = ProxyVForConditionalGeneration.from_pretrained(
+        folder, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert model.lm_head.weight.shape == (61, 32) and len(report["mismatched_keys"]) == 2
