@@ -98,14 +98,15 @@ def _read_question() -> str | None:
 
 
 def _open(path: Path) -> Image.Image:
-    from proxyv.eval.images import open_image
+    from proxyv.data.images import DataError
+    from proxyv.eval.images import image_of_bytes
 
     if not path.is_file():
         raise CommandError(f"--image {path}: no such file")
     try:
-        return open_image(path.read_bytes())
-    except ValueError as error:
-        raise CommandError(f"--image {path}: {error}") from error
+        return image_of_bytes(path.read_bytes(), f"--image {path}").load()
+    except DataError as error:
+        raise CommandError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -426,7 +426,7 @@ def test_gqa_takes_images_in_its_rows_and_misses_absent_ones(tmp_path: Path) -> 
     rows = load_rows(BENCHMARKS["gqa"], tmp_path / "b")
     values, _, _, result = run("gqa", rows, tmp_path / "b", lambda _: "no")
     assert values == {"exact_match": 0.5}
-    assert result["errors"] == ["20132: the row has no image", "20133: the row has no image"]
+    assert result["errors"] == ["20132: row 2 has no image", "20133: row 3 has no image"]
 
 
 def test_gqa_image_list_has_paths_relative_to_its_own_folder(tmp_path: Path) -> None:

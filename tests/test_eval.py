@@ -24,7 +24,7 @@ from proxyv.eval.__main__ import main
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
-from proxyv.eval.images import image_bytes, image_size_hw, open_image
+from proxyv.eval.images import image_of_bytes, row_images
 from proxyv.eval.plan import make_batches, make_items
 from proxyv.eval.records import read_records, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
@@ -258,7 +258,7 @@ def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
     errors = {line.split(":")[0]: line for line in result["errors"]}
     assert "'answers' holds []" in errors["1001"]
     assert "missing.png cannot be read" in errors["1002"]
-    assert "cannot be decoded" in errors["1003"] and "cannot be decoded" in errors["1004"]
+    assert "15 bytes is not an image" in errors["1003"] and "cannot be decoded" in errors["1004"]
     assert "'question' holds None" in errors["1005"]
     rows[2] = document_rows(8)[2]  # mended: only failed samples are tried again
     result, _ = run(rows, tmp_path, batch_size=3)
@@ -361,8 +361,8 @@ def test_parquet_saved_and_json_folders_hold_the_same_rows(tmp_path: Path) -> No
         loaded = load_rows(DOCVQA, tmp_path / name)
         assert len(loaded) == 4
         for index, row in enumerate(rows):
-            content = image_bytes(loaded[index]["image"], loaded.folder)
-            assert content == row["image"]["bytes"]
+            [image] = row_images(DOCVQA, loaded, index)
+            assert image.content() == row["image"]["bytes"]
             assert DOCVQA.sample(index, loaded[index]) == DOCVQA.sample(index, row)
 
 
@@ -496,8 +496,8 @@ def test_rotated_images_are_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     stream = io.BytesIO()
     random_image(20, 50).save(stream, "JPEG", exif=exif)
-    assert image_size_hw(stream.getvalue()) == (50, 20)
-    assert open_image(stream.getvalue()).size == (20, 50)
+    image = image_of_bytes(stream.getvalue(), "row 0")
+    assert image.size_hw() == (50, 20) and image.load().size == (20, 50)
 
 
 def test_command_writes_results_and_resumes(
@@ -660,4 +660,5 @@ def test_the_table_fits_eighty_columns() -> None:
 def test_transparent_parts_are_white_as_in_training() -> None:
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(buffer, "PNG")
-    assert open_image(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+    image = image_of_bytes(buffer.getvalue(), "row 0").load()
+    assert image.getpixel((0, 0)) == (255, 255, 255)

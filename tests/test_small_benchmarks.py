@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from transformers import GenerationConfig
 
 from proxyv.eval.__main__ import main
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS
-from proxyv.eval.images import image_bytes, image_size_hw
+from proxyv.eval.images import row_images
 from proxyv.eval.plan import make_record
 from proxyv.eval.sources import load_rows
 from proxyv.synthetic.scenes import COLOURS, SIGN_COLOUR, make_scene
@@ -41,8 +39,8 @@ def records_of(name: str, world: Path, answer_of: Any) -> list[dict[str, Any]]:
     for index in range(len(rows)):
         sample = benchmark.sample(index, rows.text(index))
         if benchmark.needs_image_size:
-            content = image_bytes(benchmark.images(rows[index])[0], rows.folder)
-            sample = benchmark.with_image_size(sample, image_size_hw(content))
+            [image] = row_images(benchmark, rows, index)
+            sample = benchmark.with_image_size(sample, image.size_hw())
         answer = answer_of(sample)
         records.append(make_record(benchmark, rows, index, sample=sample, answer=answer))
     return records
@@ -126,8 +124,8 @@ def test_the_flag_changes_no_other_file(world: Path, tmp_path: Path) -> None:
 
 def test_infographics_are_taller_than_wide(world: Path) -> None:
     rows = load_rows(BENCHMARKS["infovqa"], world)
-    image = Image.open(io.BytesIO(image_bytes(rows[0]["image"], rows.folder)))
-    assert image.size == (168, 336)
+    [image] = row_images(BENCHMARKS["infovqa"], rows, 0)
+    assert image.size_hw() == (336, 168)
 
 
 def test_every_benchmark_runs_offline(world: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from proxyv.cli import run_command
 from proxyv.eval.__main__ import main
 from proxyv.eval.answerer import Answerer
-from proxyv.eval.images import image_bytes, open_image
+from proxyv.eval.images import row_images
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
 from proxyv.model.stock import suggested_template
@@ -53,7 +53,7 @@ def test_stock_answers_are_those_of_transformers(
     theirs = AutoProcessor.from_pretrained(llava_next, backend="pil")
     rows = load_rows(DOCVQA, data)
     for record in read_records(tmp_path / "out/docvqa.jsonl"):
-        image = open_image(image_bytes(rows[record["index"]]["image"], rows.folder))
+        [image] = [image.load() for image in row_images(DOCVQA, rows, record["index"])]
         text = f"<s><|user|><image>\n{record['prompt']}<|assistant|>"
         inputs = theirs(
             images=image, text=text, return_tensors="pt", text_kwargs={"add_special_tokens": False}

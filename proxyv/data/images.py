@@ -169,4 +169,4 @@ class ImageRef:
         except _CORRUPT as error:
             kind, cause = "corrupt image", error
             text = f"{name} cannot be decoded (corrupt?): {error}"
-        raise DataError(f"{self.where}, field 'image': {text}", kind) from cause
+        raise DataError(f"{self.where}: {text}", kind) from cause

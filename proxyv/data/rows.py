@@ -59,7 +59,7 @@ def parse_row(record: Any, file: str, index: int, folder: ImageFolder) -> Row:
             f"{len(images)} image{'s' * (len(images) != 1)} in field 'image'",
             "wrong number of images",
         )
-    references = tuple(ImageRef(folder, image, where) for image in images)
+    references = tuple(ImageRef(folder, image, f"{where}, field 'image'") for image in images)
     return Row(where, tuple(turns), references, subset_of(record))
 
 

@@ -1,69 +1,56 @@
-"""Encoded images of data sets and files: finding the bytes, looking at the size, decoding."""
+"""The images of a row, found but not decoded; `proxyv.data.images` opens them as training does."""
 
 from __future__ import annotations
 
-import io
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from proxyv.data.images import DataError, ImageFolder, ImageRef
+from proxyv.eval.benchmarks import Benchmark
+from proxyv.eval.sources import Rows
 
-from proxyv.model.images import to_rgb
+__all__ = ["image_of_bytes", "row_images"]
 
-__all__ = ["image_bytes", "image_size_hw", "open_image"]
-
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_ANY_SIZE = ImageFolder(None, max_megapixels=math.inf)  # PIL's own limit stays
 
 
-def image_bytes(cell: Any, folder: Path | None) -> bytes:
-    """The encoded image of a row.
-
-    Args:
-        cell: a path, encoded bytes, or ``{"bytes", "path"}`` as ``datasets`` stores images.
-        folder: where relative paths start.
+def row_images(benchmark: Benchmark, rows: Rows, index: int) -> list[ImageRef]:
+    """The images of a row, at least one, with their bytes.
 
     Raises:
-        ValueError: the row has no image, or its file cannot be read.
+        DataError: the row has no image, or its file cannot be read.
     """
-    path = cell.get("path") if isinstance(cell, Mapping) else cell
-    content = cell.get("bytes") if isinstance(cell, Mapping) else None
-    if isinstance(cell, bytes):
-        content = cell
-    if content:
-        return content
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError("the row has no image")
-    file = Path(folder or ".", path)
+    where = f"row {index}"
+    cells = benchmark.images(rows[index])
+    if not cells:
+        raise DataError(f"{where} has no image", "missing image")
+    return [image_of_bytes(_content(cell, rows.folder, where), where) for cell in cells]
+
+
+def image_of_bytes(content: bytes, where: str) -> ImageRef:
+    """An encoded image, and what to call it when it fails."""
+    return ImageRef(_ANY_SIZE, content, where)
+
+
+def _content(cell: Any, folder: Path | None, where: str) -> bytes:
+    """The encoded image in a cell: a path, bytes, or ``{"bytes", "path"}`` as in ``datasets``.
+
+    A relative path starts at the folder; an absolute one, as downloads and saved tables have it,
+    is followed too.
+    """
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes) and cell:
+        return cell
+    if not isinstance(cell, str | os.PathLike) or not str(cell):
+        raise DataError(f"{where} has no image", "missing image")
+    file = Path(folder or ".", cell)
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ValueError(f"image {file} cannot be read ({error.strerror or error})") from error
-
-
-def open_image(content: bytes) -> Image.Image:
-    """Decode an image as training does: upright, in RGB, transparent parts white.
-
-    Raises:
-        ValueError: the bytes are no complete image.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
-    except BROKEN as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
-
-
-def image_size_hw(content: bytes) -> tuple[int, int]:
-    """Height and width of an upright image, from its header alone.
-
-    Raises:
-        ValueError: the bytes are no image.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except BROKEN as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
+        reason = error.strerror or error
+        message = f"{where}: image {file} cannot be read ({reason})"
+        raise DataError(message, "missing image") from error

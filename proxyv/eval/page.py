@@ -18,9 +18,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from proxyv.cli import CommandError
+from proxyv.data.images import ImageRef
 from proxyv.eval.benchmarks import BENCHMARKS, Record
 from proxyv.eval.compare import Comparison, Row
-from proxyv.eval.images import image_bytes, open_image
+from proxyv.eval.images import row_images
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.stored import StoredRun
 from proxyv.eval.tables import FOOTNOTE, format_score
@@ -51,11 +52,10 @@ class Pictures:
             return []
         keys = []
         try:
-            for cell in BENCHMARKS[task].images(rows[index]):
-                content = image_bytes(cell, rows.folder)
-                key = hashlib.sha256(content).hexdigest()[:16]
+            for image in row_images(BENCHMARKS[task], rows, index):
+                key = hashlib.sha256(image.content()).hexdigest()[:16]
                 if key not in self.found:
-                    self.found[key] = _data_uri(content)
+                    self.found[key] = _data_uri(image)
                 keys.append(key)
         except ValueError:
             return []  # the sample failed for the same reason, which its record tells
@@ -203,8 +203,8 @@ def _script_data(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _data_uri(content: bytes) -> str:
-    image = open_image(content)
+def _data_uri(reference: ImageRef) -> str:
+    image = reference.load()
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)

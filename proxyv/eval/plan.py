@@ -11,7 +11,7 @@ from PIL import Image
 
 from proxyv.eval.benchmarks import Benchmark, Record, Sample
 from proxyv.eval.controls import blank_like, derange
-from proxyv.eval.images import image_bytes, image_size_hw, open_image
+from proxyv.eval.images import row_images
 from proxyv.eval.sources import Rows
 
 __all__ = ["Answering", "Item", "item_images", "make_batches", "make_items", "make_record"]
@@ -115,13 +115,13 @@ def make_items(
         try:
             sample = benchmark.sample(index, rows.text(index))
             if control != "question-only" or benchmark.needs_image_size:
-                contents = _contents(benchmark, rows, index)
-                sizes[index] = tuple(map(image_size_hw, contents))
+                images = row_images(benchmark, rows, index)
+                sizes[index] = tuple(image.size_hw() for image in images)
             if benchmark.needs_image_size:
                 sample = benchmark.with_image_size(sample, sizes[index][0])
             if control == "shuffled-images":
-                hashes = [hashlib.sha256(content).hexdigest() for content in contents]
-                owners[index] = [f"image {digest}" for digest in hashes]
+                hashes = [hashlib.sha256(image.content()) for image in images]
+                owners[index] = [f"image {digest.hexdigest()}" for digest in hashes]
                 if sample.document is not None:
                     owners[index].append("document " + sample.document)
         except ValueError as error:
@@ -184,12 +184,4 @@ def item_images(benchmark: Benchmark, rows: Rows, item: Item) -> list[Image.Imag
         return []
     if item.blank:
         return [blank_like(size_hw) for size_hw in item.sizes_hw]
-    return [open_image(content) for content in _contents(benchmark, rows, item.image_index)]
-
-
-def _contents(benchmark: Benchmark, rows: Rows, index: int) -> list[bytes]:
-    """The encoded images of a row, at least one."""
-    contents = [image_bytes(cell, rows.folder) for cell in benchmark.images(rows[index])]
-    if not contents:
-        raise ValueError("the row has no image")
-    return contents
+    return [image.load() for image in row_images(benchmark, rows, item.image_index)]
