@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from proxyv.eval.records import append_records, read_records
 from proxyv.eval.runner import RunOptions, evaluate
 from proxyv.eval.sources import Rows
 from proxyv.eval.team import Team
+from tests.evaluation_kills import disturb
 from tests.small_model import save_small_model
 from tests.test_eval import Reader, document_rows, png, run, save_parquet
 
@@ -292,26 +291,6 @@ def test_bfloat16(model_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_two_thousand_samples_killed_three_times(model_folder: Path, tmp_path: Path) -> None:
     """SIGKILL at three places; the scores and every answer are those of an undisturbed run."""
-    count = 2000
-    data = write_documents(tmp_path / "data", count)
+    data = write_documents(tmp_path / "data", 2000)
     command = ["--model", str(model_folder), "--data", str(data), "--tasks", "docvqa"]
-    command += ["--device", "cpu"]
-    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
-    path = tmp_path / "parts/docvqa.jsonl"
-    launch = [sys.executable, "-m", "proxyv.eval", *command, "--output", str(path.parent)]
-    for goal in (300, 900, 1500):
-        with subprocess.Popen(launch, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None:
-                if path.is_file() and path.read_bytes().count(b"\n") >= goal:
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.01)
-        assert process.returncode == -signal.SIGKILL
-        assert goal <= len(read_records(path)) < count
-    assert main([*command, "--output", str(path.parent)]) == 0
-    assert path.read_bytes() == (tmp_path / "whole/docvqa.jsonl").read_bytes()
-    scores = [
-        json.loads((folder / "results.json").read_text("utf-8"))["tasks"]["docvqa"]["scores"]
-        for folder in (tmp_path / "whole", path.parent)
-    ]
-    assert scores[0] == scores[1]
+    assert disturb([*command, "--device", "cpu"], tmp_path, kills=3) == []
