@@ -25,6 +25,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -140,6 +141,8 @@ def _to_release(args: argparse.Namespace) -> str:
     raw["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (args.out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     AutoTokenizer.from_pretrained(source).save_pretrained(args.out)
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source).save_pretrained(args.out)
     foreign = raw.get("proxyv_options")
     note = f"; the authors' code does not know {json.dumps(foreign)}" if foreign else ""
     return f"the authors' form, start_layer={config.start_layer}{note}"

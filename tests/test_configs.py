@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxyv.data.template_table import TEMPLATES
+from proxyv.model.chat_templates import TEMPLATES
 from proxyv.train.build import output_folder
 from proxyv.train.config_files import load_settings
 from proxyv.train.dry_run import dry_run

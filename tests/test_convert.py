@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    pipeline,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -30,10 +33,12 @@ from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import run_command
 from proxyv.convert import main
 from proxyv.model.card import model_card
+from proxyv.model.chat_templates import TEMPLATES
 from proxyv.model.crops import num_unpadded_tokens
-from proxyv.model.released import is_release, read_weights
+from proxyv.model.released import is_release, read_tokenizer, read_weights
 from proxyv.model.stage1 import load_stage1, save_stage1
 
+TOKENIZERS = os.environ.get("PROXYV_TOKENIZERS")
 PX, PATCH = 32, 8
 PINPOINTS = [[PX, 2 * PX], [2 * PX, PX], [2 * PX, 2 * PX], [PX, 3 * PX]]
 SIZES = [(40, 60), (60, 40), (32, 32), (9, 90), (120, 31), (57, 29), (200, 200), (1, 500)]
@@ -98,7 +103,10 @@ def test_a_release_loads_by_its_name(ours, theirs, inputs) -> None:
     state = list(tensors(theirs).items())
     torch.save(dict(state[::2]), folder / "pytorch_model-00001-of-00002.bin")
     torch.save(dict(state[1::2]), folder / "pytorch_model-00002-of-00002.bin")
-    character_tokenizer().save_pretrained(folder)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[2, 7], max_new_tokens=3).save_pretrained(folder)
     assert is_release(folder) and not is_release(ours)
     model, report = ProxyVForConditionalGeneration.from_pretrained(
         folder, dtype=torch.bfloat16, output_loading_info=True
@@ -107,13 +115,40 @@ def test_a_release_loads_by_its_name(ours, theirs, inputs) -> None:
     assert (model.config.layout, model.config.start_layer) == ("released", 1)
     assert model.dtype == torch.bfloat16 and [n for n, p in model.named_parameters()
                                               if not p.requires_grad]  # fmt: skip
+    assert model.generation_config.eos_token_id == [2, 7]
     processor = ProxyVProcessor.from_pretrained(folder)
+    assert processor.chat_template == TEMPLATES["tiny"].chat_template()
     assert processor.image_token_id == model.config.image_token_index
     assert (processor.image_aspect_ratio, processor.crop_px, processor.side) == ("anyres", 32, 4)
     own = ProxyVForConditionalGeneration.from_pretrained(ours, layout="released")
     again = ProxyVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, own(**inputs).logits)
+    image = {"type": "image", "image": Image.effect_noise((50, 70), 90).convert("RGB")}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}
+    answer = pipeline("image-text-to-text", model=again, processor=processor)
+    assert answer(text=[message])[0]["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(not TOKENIZERS, reason="PROXYV_TOKENIZERS names no folder of tokenizers")
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("vicuna", "v1"),
+        ("llama3", "llama3"),
+        ("qwen2", "qwen"),
+        ("phi3", "phi3"),
+        ("internlm2", "internlm2"),
+        ("smollm2", "smollm2"),
+    ],
+)
+def test_the_template_of_a_release_follows_from_its_vocabulary(name, template) -> None:
+    tokenizer = read_tokenizer(Path(TOKENIZERS or "", name))
+    assert tokenizer.init_kwargs["proxyv_template"] == template
+    assert tokenizer.encode("<image>", add_special_tokens=False) == [
+        tokenizer.convert_tokens_to_ids("<image>")
+    ]
 
 
 @pytest.mark.parametrize(

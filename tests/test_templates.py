@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from proxyv.data.collator import Collator
-from proxyv.data.template_table import TEMPLATES, Template
 from proxyv.data.templates import (
     IGNORE_INDEX,
     Renderer,
@@ -29,6 +28,7 @@ from proxyv.data.templates import (
     render,
     template_of,
 )
+from proxyv.model.chat_templates import TEMPLATES, Template
 from proxyv.train.stage0.tokenizer import build_tokenizer
 
 GOLDEN = os.environ.get("PROXYV_GOLDEN")

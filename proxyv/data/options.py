@@ -11,8 +11,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv.data.pipeline import ImagePipeline, RowPipeline
-from proxyv.data.template_table import IMAGE_MARK
 from proxyv.data.templates import Renderer
+from proxyv.model.chat_templates import IMAGE_MARK
 from proxyv.model.processing import ProxyVProcessor
 
 __all__ = ["add_set_options", "pipeline_of", "processor_of"]

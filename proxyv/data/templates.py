@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes token ids and labels, built together turn by turn.
 
-A template is a row of the table in ``template_table.py``; :class:`Renderer` does the work for all
-of them.
+A template is a row of the table in ``proxyv/model/chat_templates.py``; :class:`Renderer` does the
+work for all of them.
 Labels are exactly the answers and their end tokens. Text that a user or a data set brings is
 never read as control tokens: ``</s>`` written in a question is five characters.
 
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from proxyv.cli import nearest
 from proxyv.data.plain_text import PlainText
-from proxyv.data.template_table import IMAGE_MARK, TEMPLATES, Bos, Control, Message, Part, Template
+from proxyv.model.chat_templates import IMAGE_MARK, TEMPLATES, Bos, Control, Message, Part, Template
 
 __all__ = [
     "IGNORE_INDEX",

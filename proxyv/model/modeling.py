@@ -272,7 +272,7 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             check_saved_variant(name, kwargs)
         if name is not None and is_release(name, **kwargs):
             fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
-            kwargs["config"], kwargs["state_dict"] = read_release(name, fields, **kwargs)
+            kwargs |= read_release(name, fields, **kwargs)
             name = None
         report_wanted = kwargs.pop("output_loading_info", False)
         any_size = kwargs.pop("ignore_mismatched_sizes", False)

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GenerationConfig,
     LlavaNextConfig,
     PreTrainedConfig,
 )
@@ -32,6 +33,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv.config import ProxyVConfig
+from proxyv.model.chat_templates import TEMPLATES
 from proxyv.model.checkpoints import check_variant, from_released
 
 __all__ = [
@@ -101,13 +103,17 @@ def release_folder(name: str | Path, **hub_options: Any) -> Path:
 
 def read_release(
     name: str | Path, overrides: Mapping[str, Any] | None = None, **hub_options: Any
-) -> tuple[ProxyVConfig, dict[str, Tensor]]:
-    """Configuration and weights of a release, under our names.
+) -> dict[str, Any]:
+    """What ``from_pretrained`` needs of a release in place of its name.
 
     Args:
         name: folder or hub id.
         overrides: fields of ``ProxyVConfig`` to set otherwise than the release has them.
         **hub_options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+
+    Returns:
+        ``config``, ``state_dict`` under our names and, where the release brings one,
+        ``generation_config``.
 
     Raises:
         ValueError: an override that the weights contradict (start layer, kind of proxies), or a
@@ -129,7 +135,10 @@ def read_release(
     loaded = {key: t for key, t in loaded.items() if not key.endswith(".position_ids")}
     if config.tie_word_embeddings:
         loaded.setdefault("lm_head.weight", loaded["model.language_model.embed_tokens.weight"])
-    return config, loaded
+    parts: dict[str, Any] = {"config": config, "state_dict": loaded}
+    if (folder / "generation_config.json").is_file():
+        parts["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return parts
 
 
 def release_parts(name: str | Path, **hub_options: Any) -> dict[str, Any]:
@@ -144,9 +153,12 @@ def release_parts(name: str | Path, **hub_options: Any) -> dict[str, Any]:
         image_grid_pinpoints=config.image_grid_pinpoints,
     )
     ratio = raw.get("image_aspect_ratio", "anyres")
+    tokenizer = read_tokenizer(folder)
+    template = TEMPLATES.get(tokenizer.init_kwargs.get("proxyv_template", ""))
     return {
         "image_processor": images,
-        "tokenizer": read_tokenizer(folder),
+        "tokenizer": tokenizer,
+        "chat_template": None if template is None else template.chat_template(),
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_aspect_ratio": "anyres" if ratio.startswith("anyres") else ratio,
@@ -186,6 +198,8 @@ def read_tokenizer(folder: str | Path, image_token: str = "<image>") -> Any:
 
 _TEMPLATES = {  # what a vocabulary has, and the template that releases of it were trained with
     "<|start_header_id|>": "llama3",
+    "<|action_start|>": "internlm2",
+    "<repo_name>": "smollm2",
     "<|im_start|>": "qwen",
     "<|end|>": "phi3",
     "</s>": "v1",

@@ -117,7 +117,7 @@ class ModelSettings:
         high=4.0,
     )
     vision_feature_layer: int = option(-2, "hidden state of the vision tower that is used")
-    template: str = option("v1", "chat template; see proxyv/data/template_table.py")
+    template: str = option("v1", "chat template; see proxyv/model/chat_templates.py")
     dtype: str = option(
         "bfloat16",
         "type of the computation; the optimizer updates float32 weights in any case; auto is "
