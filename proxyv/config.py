@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
 
-__all__ = ["DOWNSAMPLE_MODES", "LAYOUTS", "OPTIONS", "PACKINGS", "PROXY_KINDS", "ProxyVConfig"]
+__all__ = [
+    "DOWNSAMPLE_MODES",
+    "LAYOUTS",
+    "OPTIONS",
+    "PACKINGS",
+    "PROXY_KINDS",
+    "SKIPS",
+    "ProxyVConfig",
+]
 
+SKIPS = ("atn", "atn_ffn")
 PROXY_KINDS = ("spatial", "learned")
 DOWNSAMPLE_MODES = ("bilinear", "average")
 LAYOUTS = ("natural", "released")
@@ -24,6 +33,9 @@ class ProxyVConfig(LlavaNextConfig):
     Args:
         start_layer: index of the first ProxyV decoder layer, from 0 to the last layer; None
             builds the baseline, every layer an ordinary one.
+        skip: what full tokens go without from ``start_layer`` on, in place of proxies that compute
+            for them, as in the paper's redundancy study: "atn" is their attention, "atn_ffn" their
+            attention and FFN, replaced by a small MLP; None is ProxyV.
         side_reduction: factor r by which a crop's side shrinks; a crop of s x s full tokens gets
             (s / r) x (s / r) proxies. Must divide s where proxies are spatial.
         proxy_kind: how proxies are made; "spatial" downsamples each crop, "learned" lets learned
@@ -34,7 +46,8 @@ class ProxyVConfig(LlavaNextConfig):
         layout: "natural" (each newline follows its crop) or "released" (positions of the released
             weights, where the newline of every crop but the first sits one crop early).
         guided_ratio: hidden width of the guided update as a share of the model width; None takes
-            the authors' rule, 1/4 from a width of 1024 on and 1/2 below.
+            the authors' rule, 1/4 from a width of 1024 on and 1/2 below. It is
+            the width of the MLP of ``skip="atn_ffn"`` too, by default always 1/4.
         packing: how an image becomes tokens; "crops" puts the crops one after another, each
             followed by one newline token. "llava_next" is what stock LLaVA-NeXT checkpoints
             expect: the thumbnail, then the tiles as one picture without what only pads, a
@@ -54,6 +67,7 @@ class ProxyVConfig(LlavaNextConfig):
         text_config: Any
 
     start_layer: int | None = None
+    skip: str | None = None
     side_reduction: int = 4
     proxy_kind: str = "spatial"
     learned_proxies: int | None = None
@@ -82,7 +96,12 @@ class ProxyVConfig(LlavaNextConfig):
         return self.num_proxies(self.side)
 
     def num_proxies(self, side: int) -> int:
-        """Proxies of a crop of ``side`` x ``side`` tokens: (side / r) ** 2, or the learned ones."""
+        """Proxies of a crop of ``side`` x ``side`` tokens: (side / r) ** 2, or the learned ones.
+
+        Layers that skip have none.
+        """
+        if self.skip is not None:
+            return 0
         if self.proxy_kind == "spatial":
             return (side // self.side_reduction) ** 2
         if self.learned_proxies is not None:
@@ -91,10 +110,10 @@ class ProxyVConfig(LlavaNextConfig):
 
     @property
     def guided_width(self) -> int:
-        """Hidden width h of the guided update."""
+        """Hidden width h of the guided update, or of the MLP of ``skip="atn_ffn"``."""
         width = self.text_config.hidden_size
         if self.guided_ratio is None:
-            return width // 4 if width >= 1024 else width // 2
+            return width // 4 if width >= 1024 or self.skip == "atn_ffn" else width // 2
         return max(1, round(width * self.guided_ratio))
 
     def check_options(self) -> None:
@@ -103,6 +122,8 @@ class ProxyVConfig(LlavaNextConfig):
         Raises:
             ValueError: naming the option, its value and what is allowed.
         """
+        if self.skip is not None:
+            _one_of("skip", self.skip, SKIPS)
         _one_of("proxy_kind", self.proxy_kind, PROXY_KINDS)
         _one_of("downsample", self.downsample, DOWNSAMPLE_MODES)
         _one_of("layout", self.layout, LAYOUTS)
@@ -112,6 +133,11 @@ class ProxyVConfig(LlavaNextConfig):
                 f"side_reduction must be a positive integer, got {self.side_reduction!r}"
             )
         self._check_learned_proxies()
+        if self.skip is not None and self.proxy_kind != "spatial":
+            raise ValueError(
+                f"skip={self.skip!r} has no proxies, but proxy_kind={self.proxy_kind!r}: "
+                "leave proxy_kind out, or set skip to null"
+            )
         ratio = self.guided_ratio
         if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 4):
             raise ValueError(
@@ -143,7 +169,7 @@ class ProxyVConfig(LlavaNextConfig):
         Raises:
             ValueError: a reduction that does not divide the side, or leaves no proxy.
         """
-        if self.start_layer is None:
+        if self.start_layer is None or self.skip is not None:
             return
         if self.proxy_kind == "spatial" and side % self.side_reduction != 0:
             divisors = [r for r in range(1, side + 1) if side % r == 0]
@@ -180,6 +206,7 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 OPTIONS = (
     "start_layer",
+    "skip",
     "side_reduction",
     "proxy_kind",
     "learned_proxies",

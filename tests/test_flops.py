@@ -35,6 +35,9 @@ VARIANTS = {
         "proxy_kind": "learned",
         "learned_proxies": 3,
     },
+    "without attention": {"start_layer": 1, "skip": "atn"},
+    "without attention and FFN": {"start_layer": 1, "skip": "atn_ffn"},
+    "without attention and FFN in the last layer": {"start_layer": 3, "skip": "atn_ffn"},
     "released, average": {"layout": "released", "downsample": "average", "guided_ratio": 0.25},
 }
 
@@ -115,6 +118,21 @@ def test_the_papers_column(name, start):
         paper_flops(preset(name, layer), PAPER_ROW, fused_qkv=fused) for layer in (start, None)
     )
     assert abs(100 * (1 - ours / baseline) - PAPER[name][start].flops) <= 1
+
+
+@pytest.mark.parametrize(
+    ("skip", "start", "saved"),
+    [
+        *(("atn", 0, 17.7), ("atn", 12, 11.1), ("atn", 16, 8.8)),
+        *(("atn_ffn", 0, 79.9), ("atn_ffn", 12, 50), ("atn_ffn", 16, 40)),
+    ],
+)
+def test_the_papers_redundancy_study(skip, start, saved):
+    """Tables 1 and 2 print 18, 11, 9 and 80, 50, 40 %."""
+    config = preset("vicuna-7b", start)
+    config.skip = skip
+    ours, baseline = (paper_flops(c, PAPER_ROW) for c in (config, preset("vicuna-7b", None)))
+    assert abs(100 * (1 - ours / baseline) - saved) < 0.1
 
 
 def test_the_paper_formula_by_hand():

@@ -7,7 +7,7 @@ from torch import nn
 
 __all__ = ["adopt", "materialise"]
 
-_FRESH = (".guided_update.", ".proxy_initializer.")
+_FRESH = (".guided_update.", ".proxy_initializer.", ".light_mlp.")
 
 
 def adopt(target: nn.Module, source: nn.Module, name: str) -> None:

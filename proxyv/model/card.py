@@ -31,6 +31,13 @@ _PROXYV = (
     "decoder layer {start} of {layers} on, computes with {proxies} proxy tokens for the {full} "
     "tokens of a crop (ProxyV, [arXiv 2505.15816](https://arxiv.org/abs/2505.15816))."
 )
+_SKIPPING = (
+    "A vision-language model of the LLaVA-NeXT kind in which, from decoder layer {start} of "
+    "{layers} on, vision tokens skip {skipped}, as in the redundancy study of ProxyV "
+    ""
+    "[arXiv 2505.15816](https://arxiv.org/abs/2505.15816)."
+)
+_SKIPPED = {"atn": "attention", "atn_ffn": "attention and FFN"}
 _BASELINE = "A vision-language model of the LLaVA-NeXT kind, without proxies: the ProxyV baseline."
 
 
@@ -46,7 +53,13 @@ def model_card(config: Any, name: str) -> ModelCard:
     """
     text = config.text_config
     what = _BASELINE
-    if config.start_layer is not None:
+    if config.start_layer is not None and config.skip is not None:
+        what = _SKIPPING.format(
+            start=config.start_layer,
+            layers=text.num_hidden_layers,
+            skipped=_SKIPPED[config.skip],
+        )
+    elif config.start_layer is not None:
         what = _PROXYV.format(
             start=config.start_layer,
             layers=text.num_hidden_layers,

@@ -53,6 +53,7 @@ class DecoderOptions:
         guided_width: hidden width of the guided update.
         released: positions of the released weights.
         learned_proxies: learned proxies of each crop; None for spatial ones.
+        skip: what full tokens go without, see ``skipping.py``; None for proxies.
     """
 
     start_layer: int | None
@@ -61,6 +62,7 @@ class DecoderOptions:
     guided_width: int
     released: bool
     learned_proxies: int | None = None
+    skip: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,21 +145,25 @@ class ProxyVLayerMixin:
 
     def __init__(self, config: Any, layer_idx: int, options: DecoderOptions) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
-        norm = type(self.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps)
-        self.guided_update = GuidedUpdate(config.hidden_size, options.guided_width, norm)
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        for added in self._add_modules(config, options):
+            if self.is_last:  # nothing reads what it would write, so it never gets a gradient
+                added.requires_grad_(False)
         self.weights_tap = WeightsTap()
         self.side_reduction = options.side_reduction
         self.downsample = options.downsample
+
+    def _add_modules(self, config: Any, options: DecoderOptions) -> list[nn.Module]:
+        """Build the modules that the stock layer does not have, and list them."""
+        norm = type(self.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps)
+        self.guided_update = GuidedUpdate(config.hidden_size, options.guided_width, norm)
         self.proxy_initializer: ProxyInitializer | None = None
-        if options.learned_proxies is not None and layer_idx == options.start_layer:
-            self.proxy_initializer = ProxyInitializer(
-                config.hidden_size, options.guided_width, options.learned_proxies
-            )
-        self.is_last = layer_idx == config.num_hidden_layers - 1
-        if self.is_last:  # nothing reads what these would write, so they never get a gradient
-            for unused in (self.guided_update, self.proxy_initializer):
-                if unused is not None:
-                    unused.requires_grad_(False)
+        if options.learned_proxies is None or self.self_attn.layer_idx != options.start_layer:
+            return [self.guided_update]
+        self.proxy_initializer = ProxyInitializer(
+            config.hidden_size, options.guided_width, options.learned_proxies
+        )
+        return [self.guided_update, self.proxy_initializer]
 
     def _project(self, rows: Tensor, with_query: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Query (or None), key and value, each (B, H, N, h), of normalised rows (B, N, D).
@@ -205,17 +211,34 @@ class ProxyVLayerMixin:
             )
         main, full, splats = self._enter(hidden_states, streams.layout)
         num_proxies = main.shape[1] - streams.layout.light_index.shape[1]
-        attended = self._attend(main, full, num_proxies, streams, past_key_values)
+        attended, values = self._attend(main, full, num_proxies, streams, past_key_values)
         main = main + self._after_attention(attended)
         main = main + self._after_mlp(self.mlp(self.post_attention_layernorm(main)))
         light = main[:, num_proxies:]
         if self.is_last:
             return streams.layout.join(light, full)
-        full = self.guided_update(
-            full, main[:, :num_proxies], streams.layout.groups, self.side_reduction, splats
-        )
+        full = self._update_full(full, values, main[:, :num_proxies], streams, splats)
         natural = streams.layout.join(light, full) if streams.keep_hidden else None
         return natural, main, full, splats
+
+    def _update_full(
+        self,
+        full: Tensor,
+        values: Tensor,
+        proxies: Tensor,
+        streams: Streams,
+        splats: tuple[Tensor, ...] | None,
+    ) -> Tensor:
+        """Full rows (B, F, D) as they leave the layer.
+
+        Args:
+            full: as they entered it.
+            values: (B, K, F, h) their attention values.
+            proxies: (B, P, D) as they leave the layer.
+            streams: what the layers share.
+            splats: of learned proxies.
+        """
+        return self.guided_update(full, proxies, streams.layout.groups, self.side_reduction, splats)
 
     def _enter(
         self, hidden_states: Any, layout: SequenceLayout
@@ -261,8 +284,12 @@ class ProxyVLayerMixin:
         num_proxies: int,
         streams: Streams,
         past_key_values: Cache | None,
-    ) -> Tensor:
-        """Attention of main rows (B, P+L, D): proxies and light rows, each with its own keys."""
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of main rows (B, P+L, D): proxies and light rows, each with its own keys.
+
+        Returns:
+            (B, P+L, D), and the full rows' values (B, K, F, h).
+        """
         attn, layout = self.self_attn, streams.layout
         query, key, value = self._project(self.input_layernorm(main), True)
         _, key_full, value_full = self._project(self.input_layernorm(full), False)
@@ -293,7 +320,7 @@ class ProxyVLayerMixin:
                 query[:, :, :num_proxies], key, value, streams.proxy_mask
             )
             out = torch.cat([proxy_out, out], dim=1)
-        return attn.o_proj(out.flatten(2))
+        return attn.o_proj(out.flatten(2)), value_full
 
     def _call_attention(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any

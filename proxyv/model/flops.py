@@ -109,6 +109,12 @@ class _Shape:
         """Keys and values of one full row; a fused projection computes its query as well."""
         return 2 * self.width * (2 * self.key + (self.query if fused else 0))
 
+    def skipping(self, skip: str) -> int:
+        """What one full row costs beside its keys and values in a layer that skips the rest."""
+        if skip == "atn_ffn":
+            return 4 * self.width * self.hidden
+        return 2 * (self.width * self.query + 3 * self.width * self.ffn)
+
     def attention(self, pairs: int) -> int:
         """Scores and mixing of so many pairs of query and key."""
         return 4 * pairs * self.query
@@ -127,7 +133,8 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
 
     Returns:
         FLOPs of a prefill: for an ordinary layer 2S(2D^2+2D Dkv+3DI) + 4S^2 D, for a ProxyV layer
-        2F(2D Dkv) + 2F(2.5 D h) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D.
+        2F(2D Dkv) + 2F(2.5 D h) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D. Without
+        proxies, "atn" costs 2F(D^2+3DI) and "atn_ffn" 2F(2D h) in place of the guided update.
 
     Raises:
         ValueError: a packing whose tokens do not follow from the crops.
@@ -144,8 +151,11 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
         return layers * ordinary
     main = shape.proxies + shape.light
     inner = shape.full * shape.keys(fused=fused_qkv) + main * shape.linear()
-    inner += 5 * shape.full * shape.width * shape.hidden
-    inner += 2 * shape.proxies * shape.width * shape.hidden
+    if config.skip is None:
+        inner += 5 * shape.full * shape.width * shape.hidden
+        inner += 2 * shape.proxies * shape.width * shape.hidden
+    else:
+        inner += shape.full * shape.skipping(config.skip)
     inner += shape.attention(main * (shape.natural + shape.proxies))
     if fused_qkv:
         inner += main * shape.keys(fused=True)
@@ -174,7 +184,7 @@ def run_flops(
 
     Returns:
         FLOPs of "vision_tower", "projector", "language_model", "proxyv" (guided updates and
-        learned proxies) and "lm_head".
+        learned proxies, or the small MLPs of "atn_ffn") and "lm_head".
 
     Raises:
         ValueError: a packing whose tokens do not follow from the crops.
@@ -193,7 +203,12 @@ def run_flops(
         inner, last = _proxyv_layers(shape, fused=text.model_type == "phi3")
         updated = layers - start - 1
         decoder = start * ordinary + updated * inner + last
-        guided = _guided_updates(config, shape, updated, folded)
+        if config.skip is None:
+            guided = _guided_updates(config, shape, updated, folded)
+        elif config.skip == "atn_ffn":
+            guided = updated * shape.full * shape.skipping("atn_ffn")
+        else:
+            decoder += updated * shape.full * shape.skipping("atn")
     return {
         "vision_tower": row.crops * _tower(config),
         "projector": _projector(config, shape.full),

@@ -26,6 +26,7 @@ from proxyv.model.masks import (
     to_backend,
 )
 from proxyv.model.proxies import ProxyInitializer
+from proxyv.model.skipping import layer_that_skips
 
 __all__ = ["ProxyVTextMixin"]
 
@@ -33,16 +34,18 @@ __all__ = ["ProxyVTextMixin"]
 class ProxyVTextMixin:
     """Turns a stock language model into one with ProxyV layers; put it before the stock class.
 
-    Subclasses name their ProxyV layer in ``proxyv_layer``.
+    Subclasses name their ProxyV layer in ``proxyv_layer``; layers that skip are made from
+    it.
     """
 
-    proxyv_layer: type[nn.Module]
+    proxyv_layer: Any
     config: Any
     layers: nn.ModuleList
     rotary_emb: Any
     embed_tokens: Any
     gradient_checkpointing: bool
     training: bool
+    _no_split_modules: Any
     _supports_flash_attn = True
     _supports_flex_attn = True
 
@@ -56,8 +59,10 @@ class ProxyVTextMixin:
         finally:
             config.num_hidden_layers = depth
         self.options = options
+        layer = layer_that_skips(self.proxyv_layer, options.skip)
         for index in range(start, depth):
-            self.layers.append(self.proxyv_layer(config, index, options))
+            self.layers.append(layer(config, index, options))
+        self._no_split_modules = {*self._no_split_modules, layer.__name__}
         self.post_init()  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -175,7 +180,7 @@ class ProxyVTextMixin:
         name = self.config._attn_implementation
         past_full = _remember_full_rows(past_key_values, layout, window)
         past_light, past_light_valid = _past_light(past_full, window)
-        needs_proxies = start < len(self.layers) - 1
+        needs_proxies = start < len(self.layers) - 1 and self.options.skip is None
         proxies = proxy_mask(layout, past_light_valid) if needs_proxies else None
         return Streams(
             layout=layout,

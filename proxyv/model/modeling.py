@@ -52,6 +52,7 @@ _PARTS = {
     ".image_newline.": "newline",
     ".guided_update.": "proxyv",
     ".proxy_initializer.": "proxyv",
+    ".light_mlp.": "proxyv",
     ".language_model.": "language_model",
     ".lm_head.": "lm_head",
 }
@@ -106,6 +107,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             guided_width=config.guided_width,
             released=config.layout == "released",
             learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
+            skip=config.skip,
         )
         self.language_model = build_language_model(config.text_config, options)
         self.post_init()

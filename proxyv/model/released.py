@@ -84,7 +84,7 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
     raw = _raw_config(name, options)
     if raw.get("model_type") != ProxyVConfig.model_type or raw.get("start_layer") is None:
         return
-    for option in ("start_layer", "proxy_kind", "learned_proxies", "guided_ratio"):
+    for option in ("start_layer", "skip", "proxy_kind", "learned_proxies", "guided_ratio"):
         found = raw.get(option, getattr(ProxyVConfig, option))
         if option in options and options[option] != found:
             raise ValueError(
@@ -279,9 +279,11 @@ def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
         stands under ``proxyv_options`` and ``proxyv_vision_config``, which only we read.
 
     Raises:
-        ValueError: a family or a packing that the authors' code does not have.
+        ValueError: layers that skip, a family or a packing that the authors' code does not have.
     """
     text = config.text_config
+    if config.skip is not None:
+        raise ValueError(f"skip={config.skip!r} has no released form: the authors' code has none")
     if text.model_type not in _CLASSES or config.packing != "crops":
         raise ValueError(
             f"text_config.model_type={text.model_type!r} with packing={config.packing!r} has no "

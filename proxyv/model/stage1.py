@@ -23,7 +23,9 @@ from proxyv.model.checkpoints import check_variant, from_released, load_exactly,
 
 __all__ = ["load_stage1", "read_stage1", "save_stage1", "write_stage1"]
 
-_OURS = re.compile(r"\.(multi_modal_projector|guided_update|proxy_initializer)\.|\.image_newline$")
+_OURS = re.compile(
+    r"\.(multi_modal_projector|guided_update|proxy_initializer|light_mlp)\.|\.image_newline$"
+)
 _THEIRS = re.compile(r"model\.vision_mlp_layers\.\d+\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.(?:guided_update|proxy_initializer)\.")
 
@@ -35,8 +37,7 @@ def save_stage1(model: nn.Module, path: str | Path) -> None:
         model: a ``ProxyVForConditionalGeneration``.
         path: file to write, ``.safetensors`` or ``.bin``.
     """
-    config: Any = model.config
-    write_stage1(_stage1_part(model), path, config.start_layer)
+    write_stage1(_stage1_part(model), path, _first_update(model.config))
 
 
 def load_stage1(model: nn.Module, path: str | Path) -> None:
@@ -50,8 +51,9 @@ def load_stage1(model: nn.Module, path: str | Path) -> None:
         ValueError: another start layer, another kind of proxies, or tensors that do not fit.
     """
     config: Any = model.config
-    state = read_stage1(path, config.start_layer)
-    check_variant(to_released(state, config.start_layer), config)
+    state = read_stage1(path, _first_update(config))
+    if config.skip is None:
+        check_variant(to_released(state, config.start_layer), config)
     load_exactly(model, state, _stage1_part(model))
 
 
@@ -114,6 +116,11 @@ def write_stage1(state: Mapping[str, Tensor], path: str | Path, start_layer: int
         torch.save(to_released(state, start_layer), path)
     else:
         raise ValueError(f"{path}: the name must end in .safetensors (ours) or .bin (the authors')")
+
+
+def _first_update(config: Any) -> int | None:
+    """The layer of the first guided update; None for a baseline, and without proxies."""
+    return config.start_layer if config.skip is None else None
 
 
 def _stage1_part(model: nn.Module) -> dict[str, Tensor]:

@@ -165,4 +165,5 @@ def _options(config: ProxyVConfig) -> DecoderOptions:
         guided_width=config.guided_width,
         released=config.layout == "released",
         learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
+        skip=config.skip,
     )

@@ -109,7 +109,9 @@ def starting_folder(settings: Settings) -> Path | None:
 
 
 def _default_folder(model: ModelSettings, stage: str) -> Path:
-    suffix = "-baseline" if model.start_layer is None else ""
+    suffix = "" if model.skip is None else f"-{model.skip}"
+    if model.start_layer is None:
+        suffix = "-baseline"
     return Path("runs") / f"{model.name}{suffix}" / stage
 
 
@@ -154,6 +156,7 @@ def _options(model: ModelSettings) -> dict[str, Any]:
     """The settings that are fields of the model's configuration."""
     return {
         "start_layer": model.start_layer,
+        "skip": model.skip,
         "side_reduction": model.side_reduction,
         "proxy_kind": model.proxy_kind,
         "learned_proxies": model.learned_proxies,

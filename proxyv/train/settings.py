@@ -91,6 +91,12 @@ class ModelSettings:
     start_layer: int | None = option(
         12, "first ProxyV layer of the language model; null is the baseline", low=0
     )
+    skip: str | None = option(
+        None,
+        "what vision tokens go without from start_layer on, in place of proxies, as in the "
+        "redundancy study: attention (atn), or attention and FFN (atn_ffn); null is ProxyV",
+        choices=("atn", "atn_ffn"),
+    )
     side_reduction: int = option(4, "factor by which a crop's side shrinks to proxies", low=1)
     proxy_kind: str = option(
         "spatial",
@@ -152,6 +158,11 @@ class DataSettings:
     )
     expected_rows: int | None = option(
         None, "rows that the set should have: for a dry run without it, and to tell when some miss"
+    )
+    streaming: bool = option(
+        False,
+        "read parquet where it lies, on the hub or on a disk, without a copy in the cache; JSON "
+        "always is",
     )
     limit: int | None = option(None, "use only the first rows; null uses all", low=1)
     group_by_length: bool = option(
@@ -312,6 +323,11 @@ def check_settings(settings: Settings) -> Settings:
         raise ValueError(
             f"optim.global_batch={settings.optim.global_batch} is not a multiple of "
             f"optim.micro_batch={settings.optim.micro_batch}"
+        )
+    if settings.data.streaming and settings.data.group_by_length:
+        raise ValueError(
+            "data.streaming=true with data.group_by_length=true: lengths are known once every row "
+            "has been read; set one of the two to false"
         )
     _check_adapters(settings)
     if run.wandb_mode == "online" and run.tracker != "wandb":
