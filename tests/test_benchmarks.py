@@ -87,6 +87,19 @@ def prompt_of(name: str, row: dict[str, Any]) -> str:
     return BENCHMARKS[name].sample(0, row).prompt
 
 
+def test_answers_are_kept_as_given_and_scored_without_their_reasoning(tmp_path: Path) -> None:
+    rows = Rows([{**reading_row(0, CATEGORIES[0]), "answer": ["cat"]}], "memory")
+    told = "<think>a cat?</think>dog"
+    values, _, _, _ = run("ocrbench", rows, tmp_path / "a", lambda _: told)
+    assert values["ocrbench_accuracy"] == 0
+    assert read_records(tmp_path / "a/ocrbench.jsonl")[0]["answer"] == told
+    row = {"question_id": "1", "answer": ["it"], "bbox": [0.0, 0.0, 40.0, 20.0], "image": picture()}
+    told = "<think>[0, 0, 0.1, 0.1]</think>[0, 0, 1, 1]"
+    rows = Rows([row], "memory", picks=[(0, {"answer": "it"})])
+    values, _, _, _ = run("refcoco_testA", rows, tmp_path / "b", lambda _: told)
+    assert values["refcoco_IoU"] == values["refcoco_ACC@0.9"] == 1
+
+
 # ---- the table
 
 

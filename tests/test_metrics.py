@@ -20,6 +20,7 @@ from proxyv.eval.metrics import (
     box_iou,
     center_inside,
     exact_match,
+    final_answer,
     first_letter_match,
     mean,
     mme_perception,
@@ -184,6 +185,23 @@ def test_pages_by_hand() -> None:
     assert page_edit_distance("", "") == 0.0
     assert page_bleu("a b c d e", "a b c d e") == 1.0
     assert page_bleu("a b c d", "w x y z") < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>a\nb</think> Yes ", "Yes"),
+        ("A<think>x</think>B<think>y</think>C<analysis>z</analysis>", "ABC"),
+        ("the prompt has opened it</think> 14", "14"),
+        ("<think>never closed", "<think>never closed"),
+        ("<THINK>x</THINK>y", "<THINK>x</THINK>y"),
+        ("<think>a<think>b</think>c</think>d", "d"),
+        ("</think>x<think>y", "</think>x<think>y"),
+        ("plain", "plain"),
+    ],
+)
+def test_marked_reasoning_is_not_scored(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
 
 
 # ---- VQA soft accuracy

@@ -23,6 +23,7 @@ __all__ = [
     "box_iou",
     "center_inside",
     "exact_match",
+    "final_answer",
     "first_letter_match",
     "mean",
     "mme_perception",
@@ -45,6 +46,26 @@ def mean(values: Sequence[float]) -> float:
     if not values:
         raise ValueError("the mean of no scores is not defined: no sample was scored")
     return sum(values) / len(values)
+
+
+_REASONING = [(f"<{tag}>", f"</{tag}>") for tag in ("think", "analysis")]
+
+
+def final_answer(text: str) -> str:
+    """What of a model's text is scored: all but the reasoning that it marks as such.
+
+    Blocks of ``<think>`` and ``<analysis>`` go. Where only the end of a block is there, because
+    the prompt has opened it, what follows the last end stays. A block that is never closed stays.
+
+    Source: lmms-eval 0.7.3, its default ``--reasoning_tags``. Differs: no.
+    """
+    for opening, closing in _REASONING:
+        block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
+        while found := block.search(text):
+            text = text[: found.start()] + text[found.end() :]
+        if opening not in text:
+            text = text.rpartition(closing)[2]
+    return text.strip()
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:

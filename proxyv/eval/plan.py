@@ -12,6 +12,7 @@ from PIL import Image
 from proxyv.eval.benchmarks import Benchmark, Record, Sample
 from proxyv.eval.controls import blank_like, derange
 from proxyv.eval.images import row_images
+from proxyv.eval.metrics import final_answer
 from proxyv.eval.sources import Rows
 
 __all__ = ["Answering", "Item", "item_images", "make_batches", "make_items", "make_record"]
@@ -76,7 +77,7 @@ def make_record(
     details = {} if sample is None else dict(sample.details)
     score = 0.0 if benchmark.scored else None
     if benchmark.scored and answer is not None and not error:
-        score = benchmark.score(answer, references, details)
+        score = benchmark.score(final_answer(answer), references, details)
     return {
         "index": index,
         "question_id": benchmark.question_id(index, row),

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
+from proxyv.eval.metrics import final_answer
 from proxyv.eval.provenance import git_commit
 from proxyv.eval.records import rewrite_records, write_json
 from proxyv.eval.runner import summarise, write_submission
@@ -82,7 +83,8 @@ def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
 def _scored(benchmark: Benchmark, record: Record) -> Record:
     if not benchmark.scored or record["error"] is not None or record["answer"] is None:
         return record
-    score = benchmark.score(record["answer"], record["references"], record.get("details"))
+    answer = final_answer(record["answer"])
+    score = benchmark.score(answer, record["references"], record.get("details"))
     return {**record, "score": score}
 
 

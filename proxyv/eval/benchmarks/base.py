@@ -154,7 +154,13 @@ class Benchmark(ABC):
     def score(
         self, answer: str, references: Sequence[str], details: Mapping[str, Any] | None = None
     ) -> float:
-        """Score one answer, between 0 and 1, from what its record holds."""
+        """Score one answer, between 0 and 1, from what its record holds.
+
+        Args:
+            answer: the model's text, its reasoning taken out by `final_answer`.
+            references: accepted answers.
+            details: those of the sample.
+        """
 
     @abstractmethod
     def scores(self, records: Sequence[Record]) -> dict[str, Score]:

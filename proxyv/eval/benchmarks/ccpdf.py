@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyv.eval.benchmarks.base import Benchmark, Record, Sample, Score, mean_score
-from proxyv.eval.metrics import page_bleu, page_edit_distance
+from proxyv.eval.metrics import final_answer, page_bleu, page_edit_distance
 
 __all__ = ["CCpdf"]
 
@@ -73,7 +73,7 @@ class CCpdf(Benchmark):
     def scores(self, records: Sequence[Record]) -> dict[str, Score]:
         """Means over pages; a page that could not be read is at distance 1."""
         distances = [
-            page_edit_distance(_plain(record["answer"]), record["references"][0])
+            page_edit_distance(_plain(final_answer(record["answer"])), record["references"][0])
             if record["error"] is None
             else 1.0
             for record in records

@@ -22,7 +22,7 @@ from proxyv.eval.benchmarks.base import (
     optional_text,
     text_cell,
 )
-from proxyv.eval.metrics import anls
+from proxyv.eval.metrics import anls, final_answer
 
 __all__ = ["DocVQA", "DocVQATest"]
 
@@ -81,6 +81,9 @@ class DocVQATest(DocVQA):
     def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """One entry for each question, in the order of the rows; a failed one has no text."""
         return [
-            {"questionId": int(record["question_id"]), "answer": (record["answer"] or "").strip()}
+            {
+                "questionId": int(record["question_id"]),
+                "answer": final_answer(record["answer"] or ""),
+            }
             for record in records
         ]

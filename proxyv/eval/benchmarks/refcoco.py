@@ -27,7 +27,7 @@ from proxyv.eval.benchmarks.base import (
     optional_text,
     text_cell,
 )
-from proxyv.eval.metrics import Box, box_iou, center_inside, read_box
+from proxyv.eval.metrics import Box, box_iou, center_inside, final_answer, read_box
 
 __all__ = ["RefCOCO", "RefCOCOTestA", "RefCOCOTestB"]
 
@@ -97,7 +97,7 @@ class RefCOCO(Benchmark):
         def over(measure: Callable[[Box, Box], float]) -> Score:
             return mean_score(
                 [
-                    measure(read_box(record["answer"].strip()), _truth(record["references"]))
+                    measure(read_box(final_answer(record["answer"])), _truth(record["references"]))
                     if record["error"] is None
                     else 0.0
                     for record in records
