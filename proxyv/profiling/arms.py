@@ -8,6 +8,7 @@ cost the same in every arm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.flops import RowTokens
 from proxyv.model.layout import ImageSpan, build_layout
-from proxyv.profiling.shapes import with_start
+from proxyv.profiling.shapes import arm_name, with_start
 
 __all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]
 
@@ -113,9 +114,14 @@ class Arm:
 
 
 def build_arms(
-    config: ProxyVConfig, starts: list[int], attention: str, dtype: torch.dtype, device: str
+    config: ProxyVConfig,
+    starts: list[int],
+    attention: str,
+    dtype: torch.dtype,
+    device: str,
+    skips: Sequence[str] = (),
 ) -> list[Arm]:
-    """The stock baseline first, then ProxyV from each layer.
+    """The stock baseline first, then ProxyV from each layer, then layers that skip.
 
     Args:
         config: the shape.
@@ -123,11 +129,14 @@ def build_arms(
         attention: attention function of all arms.
         dtype: of all weights.
         device: where they lie.
+        skips: what vision tokens skip in further arms, "atn" or "atn_ffn".
 
     Raises:
         ValueError: a start layer that the model does not have.
     """
     configs = [with_start(config, start) for start in starts]
+    plain = {"proxy_kind": "spatial", "learned_proxies": None}
+    configs += [with_start(config, start, skip=s, **plain) for s in skips for start in starts]
     text = with_start(config, None).text_config
     text.dtype = dtype
     text._attn_implementation = attention
@@ -138,7 +147,7 @@ def build_arms(
             model = build_language_model(text, _options(chosen)).to(dtype)
             model.set_attn_implementation(attention)
             model.load_state_dict(stock.state_dict(), strict=False, assign=True)
-            arms.append(Arm(f"ProxyV-L{chosen.start_layer}", chosen, model))
+            arms.append(Arm(arm_name(chosen), chosen, model))
     return arms
 
 

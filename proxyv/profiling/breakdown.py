@@ -23,12 +23,14 @@ _MODULES = {
     "o_proj": "projections",
     "mlp": "FFN",
     "guided_update": "guided update",
+    "light_mlp": "guided update",
     "input_layernorm": "norms",
     "post_attention_layernorm": "norms",
 }
 PARTS = ("projections", "attention", "FFN", "guided update", "norms", "rest")
 """Rest is rotary positions, the cache, splitting and joining, and additions; in an ordinary layer
-rotary positions and the cache belong to attention."""
+rotary positions and the cache belong to attention. The small MLP of a layer that skips counts as
+its guided update."""
 
 
 class _Clock:
@@ -88,7 +90,7 @@ def _watched(layers: list[Any], clock: _Clock) -> Iterator[None]:
         for name, module in layer.named_modules():
             if name.count(".") < 2 and name.rpartition(".")[2] in _MODULES:
                 handles += clock.watch(module, _MODULES[name.rpartition(".")[2]])
-        if hasattr(layer, "guided_update"):
+        if hasattr(layer, "_call_attention"):
             layer._call_attention = clock.wrap(layer._call_attention, "attention")
         else:
             handles += clock.watch(layer.self_attn, "self_attn")
@@ -98,7 +100,7 @@ def _watched(layers: list[Any], clock: _Clock) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         for layer in layers:
-            if hasattr(layer, "guided_update"):
+            if hasattr(layer, "_call_attention"):
                 del layer._call_attention  # the method of the class is back
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.flops import RowTokens, paper_flops, run_flops
-from proxyv.profiling.paper import FUSED_QKV, PAPER, PAPER_ROW
+from proxyv.profiling.paper import FUSED_QKV, PAPER, PAPER_ROW, PAPER_SKIPS, PaperFigures
 from proxyv.profiling.report import Plot, Report
-from proxyv.profiling.shapes import with_start
+from proxyv.profiling.shapes import arm_name, with_start
 
 __all__ = ["decoder_flops", "flops_report"]
 
@@ -25,6 +25,7 @@ def flops_report(
     row: RowTokens,
     causal: bool,
     options: dict[str, Any],
+    skips: Sequence[str] = (),
 ) -> Report:
     """FLOPs of a prefill, in the paper's convention and as our code runs.
 
@@ -33,25 +34,27 @@ def flops_report(
         row: what is read.
         causal: causal attention is counted once, as fused kernels compute it.
         options: other fields of ``ProxyVConfig``.
+        skips: what vision tokens skip in further arms, "atn" or "atn_ffn".
     """
     rows: list[dict[str, Any]] = []
     stated = row == PAPER_ROW and options.get("proxy_kind", "spatial") == "spatial"
     for name, config, starts in models:
         fused = name in FUSED_QKV or config.text_config.model_type == "phi3"
         base: tuple[int, int] | None = None
-        for start in (None, *starts):
-            chosen = with_start(config, start, **options)
+        further = [(start, {"skip": skip}) for skip in skips for start in starts]
+        for start, fields in [(s, options) for s in (None, *starts)] + further:
+            chosen = with_start(config, start, **fields)
             counts = (
                 paper_flops(chosen, row, fused_qkv=fused),
                 decoder_flops(chosen, row, causal, folded=True),
             )
             base = base or counts
             saved = [100 * (1 - count / full) for count, full in zip(counts, base, strict=True)]
-            figures = PAPER.get(name, {}).get(start) if stated and start is not None else None
+            figures = _stated(name, chosen) if stated else None
             rows.append(
                 {
                     "model": name,
-                    "arm": "baseline" if start is None else f"ProxyV-L{start}",
+                    "arm": arm_name(chosen),
                     "TFLOPs, paper's count": counts[0] / 1e12,
                     "saved %": saved[0],
                     "paper says %": figures.flops if figures else None,
@@ -77,3 +80,12 @@ def flops_report(
         f"(Phi-3, InternLM2.5). As run: {attention}, folded, last layer without updates.",
         plot=Plot(x=names, series=series, y_label="FLOPs saved, %"),
     )
+
+
+def _stated(name: str, config: ProxyVConfig) -> PaperFigures | None:
+    """What the paper says of a model, None where it says nothing."""
+    if config.start_layer is None:
+        return None
+    if config.skip is None:
+        return PAPER.get(name, {}).get(config.start_layer)
+    return PAPER_SKIPS[config.skip].get(config.start_layer) if name == "vicuna-7b" else None

@@ -5,7 +5,7 @@ Under ``paper_flops`` with ``fused_qkv`` for the two models that have one matrix
 value, Phi-3 and InternLM2.5, all twelve figures come out within 1 point. Counted once, three do
 not: Phi-3 L16 gives 36.7 (paper 35), InternLM2.5 L16 gives 42.1 (39) and L20 gives 31.6 (30).
 
-Source: paper, table of results with different LLMs.
+Source: paper, table of results with different LLMs, and tables 1 and 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from proxyv.model.flops import RowTokens
 
-__all__ = ["FUSED_QKV", "PAPER", "PAPER_ROW", "PaperFigures"]
+__all__ = ["FUSED_QKV", "PAPER", "PAPER_ROW", "PAPER_SKIPS", "PaperFigures"]
 
 PAPER_ROW = RowTokens(crops=5, text=50)
 FUSED_QKV = ("phi3-3b", "internlm2.5-7b")
@@ -27,11 +27,11 @@ class PaperFigures:
 
     Attributes:
         flops: of the prefill.
-        time: of the prefill.
+        time: of the prefill; None where the paper does not say it.
     """
 
     flops: int
-    time: int
+    time: int | None = None
 
 
 PAPER: dict[str, dict[int, PaperFigures]] = {
@@ -43,3 +43,9 @@ PAPER: dict[str, dict[int, PaperFigures]] = {
     "internlm2.5-7b": {16: PaperFigures(39, 33), 20: PaperFigures(30, 24)},
 }
 """By preset and start layer."""
+
+PAPER_SKIPS: dict[str, dict[int, PaperFigures]] = {
+    "atn": {0: PaperFigures(18, 60), 12: PaperFigures(11, 40), 16: PaperFigures(9, 32)},
+    "atn_ffn": {0: PaperFigures(80), 12: PaperFigures(50), 16: PaperFigures(40)},
+}
+"""Vicuna-7B whose vision tokens skip attention, or attention and FFN, by first such layer."""

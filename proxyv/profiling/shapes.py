@@ -12,7 +12,7 @@ from proxyv.profiling.paper import PAPER
 from proxyv.train.build import build_on_meta
 from proxyv.train.config_files import load_settings, preset_file
 
-__all__ = ["from_preset", "from_shape", "start_layers", "with_start"]
+__all__ = ["arm_name", "from_preset", "from_shape", "start_layers", "with_start"]
 
 _FIELDS = {
     "layers": "num_hidden_layers",
@@ -86,6 +86,14 @@ def with_start(config: ProxyVConfig, start: int | None, **options: Any) -> Proxy
         setattr(changed, name, value)
     changed.check_options()
     return changed
+
+
+def arm_name(config: ProxyVConfig) -> str:
+    """What tables call a model: baseline, ProxyV-L12, ATN-L12 or ATN+FFN-L12."""
+    if config.start_layer is None:
+        return "baseline"
+    kind = {None: "ProxyV", "atn": "ATN", "atn_ffn": "ATN+FFN"}[config.skip]
+    return f"{kind}-L{config.start_layer}"
 
 
 def start_layers(given: str | None, preset: str | None, config: ProxyVConfig) -> Sequence[int]:
