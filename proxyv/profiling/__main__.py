@@ -1,25 +1,29 @@
-"""What a model costs: ``python -m proxyv.profiling flops|latency|memory|scaling|breakdown``."""
+"""What a model costs: ``python -m proxyv.profiling COMMAND``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from proxyv.cli import run_command
+from proxyv.cli import nearest, run_command
 from proxyv.config import PROXY_KINDS, ProxyVConfig
 from proxyv.model.flops import RowTokens
 from proxyv.profiling.arms import build_arms
 from proxyv.profiling.commands import (
+    OPERATIONS,
+    Rounds,
     breakdown_report,
     latency_report,
     memory_report,
     scaling_report,
 )
 from proxyv.profiling.costs import flops_report
+from proxyv.profiling.limits import limits_report
 from proxyv.profiling.paper import PAPER
 from proxyv.profiling.report import Report
 from proxyv.profiling.shapes import from_preset, from_shape, start_layers, with_start
@@ -31,7 +35,8 @@ _ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 _EXAMPLES = """examples:
   python -m proxyv.profiling flops
   python -m proxyv.profiling latency --shape layers=4,width=256,heads=4,ffn=512 --start-layers 2
-  python -m proxyv.profiling scaling --preset vicuna-7b --device cuda --output runs/profiling"""
+  python -m proxyv.profiling scaling --preset vicuna-7b --device cuda --output runs/profiling
+  python -m proxyv.profiling limits docs/results"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,18 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
         "memory": "peak above the weights, and the cache",
         "scaling": "prefill by number of crops and text tokens",
         "breakdown": "share of time of each part of a layer",
+        "limits": "what was measured, against what it should be",
     }
     for name, text in helps.items():
-        _add_options(
-            commands.add_parser(
-                name,
-                help=text,
-                description=text,
-                epilog=_EXAMPLES,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            ),
+        command = commands.add_parser(
             name,
+            help=text,
+            description=text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name == "limits":
+            command.add_argument("results", type=Path, help="folder with the JSON files")
+        else:
+            _add_options(command, name)
+        command.add_argument("--output", type=Path, help="folder for table, JSON file and plot")
+        command.add_argument("--name", help="of these files (default: the command's)")
+        command.add_argument("--json", action="store_true", help="print JSON, not the table")
     return parser
 
 
@@ -79,22 +89,25 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         add("--crops", type=int, default=5, help="default: 5")
         add("--text", type=int, default=50, help="text tokens (default: 50)")
     add("--attn", choices=_ATTENTION, default="sdpa", help="of all arms (default: sdpa)")
-    add("--output", type=Path, help="folder for the JSON file and the plot")
-    add("--json", action="store_true", help="print JSON instead of the table")
     if command == "flops":
         return
     add("--batch", type=int, default=1, help="rows (default: 1)")
     add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, else float32")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    add("--seed", type=int, default=0, help="of the weights (default: 0)")
     if command != "memory":
         add("--repeats", type=int, default=5, help="measured rounds (default: 5)")
     if command in ("latency", "scaling"):
         add("--warmup", type=int, default=1, help="rounds before them (default: 1)")
+        add("--compile", action="store_true", help="torch.compile every layer, of all arms alike")
     if command in ("latency", "memory"):
-        add("--no-training", action="store_true", help="leave the training step out")
+        known = OPERATIONS if command == "latency" else ("prefill", "training")
+        add("--operations", default=",".join(known), help="with commas (default: %(default)s)")
         add("--checkpointing", action="store_true", help="train with gradient checkpointing")
     if command == "latency":
         add("--tokens", type=int, default=16, help="of the whole answer (default: 16)")
+    if command == "scaling":
+        add("--no-memory", action="store_true", help="time only, one run less of each")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(args, name, None)
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    report = _flops(args) if args.command == "flops" else _measure(args)
+    if args.command == "limits":
+        report = limits_report(args.results)
+    else:
+        report = _flops(args) if args.command == "flops" else _measure(args)
+    report = dataclasses.replace(report, name=args.name or report.name)
     report.settings.update(
         {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     )
@@ -145,18 +162,34 @@ def _measure(args: argparse.Namespace) -> Report:
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     config = with_start(config, None, proxy_kind=args.proxy_kind)
+    operations = _operations(args) if args.command in ("latency", "memory") else []
+    torch.manual_seed(args.seed)
     arms = build_arms(config, list(starts), args.attn, _DTYPES[args.dtype], args.device)
+    if getattr(args, "compile", False):
+        for arm in arms:
+            arm.compile()
     if args.command == "scaling":
         crops, texts = (_numbers(args, name) for name in ("crops", "text_lengths"))
-        return scaling_report(arms, crops, texts, args.batch, args.repeats, args.warmup)
+        rounds = Rounds(args.repeats, args.warmup)
+        return scaling_report(arms, crops, texts, args.batch, rounds, not args.no_memory)
     row = RowTokens(args.crops, args.text)
     if args.command == "breakdown":
         return breakdown_report(arms, row, args.batch, args.repeats)
-    train = not args.no_training
     if args.command == "memory":
-        return memory_report(arms, row, args.batch, train, args.checkpointing)
-    rounds = (args.repeats, args.warmup, args.tokens)
-    return latency_report(arms, row, args.batch, *rounds, train, args.checkpointing)
+        return memory_report(arms, row, args.batch, operations, args.checkpointing)
+    rounds = Rounds(args.repeats, args.warmup)
+    return latency_report(
+        arms, row, args.batch, rounds, operations, args.tokens, args.checkpointing
+    )
+
+
+def _operations(args: argparse.Namespace) -> list[str]:
+    known = OPERATIONS if args.command == "latency" else ("prefill", "training")
+    chosen = [name.strip() for name in args.operations.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(nearest("operation", name, known))
+    return chosen
 
 
 def _numbers(args: argparse.Namespace, name: str) -> list[int]:

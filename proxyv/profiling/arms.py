@@ -73,6 +73,11 @@ class Arm:
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compile(self) -> None:
+        """Compile every layer, each at its first call; graphs do not depend on lengths."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=True)
+
     def forget_gradients(self) -> None:
         """Free all gradients."""
         self.model.zero_grad(set_to_none=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,19 +16,39 @@ from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
 from proxyv.profiling.report import Plot, Report
 
-__all__ = ["breakdown_report", "latency_report", "memory_report", "scaling_report"]
+__all__ = [
+    "OPERATIONS",
+    "Rounds",
+    "breakdown_report",
+    "latency_report",
+    "memory_report",
+    "scaling_report",
+]
 
+OPERATIONS = ("prefill", "decode", "answer", "training")
+Works = dict[str, Callable[[], Any]]
 _MIB = 1 << 20
+
+
+class Rounds(NamedTuple):
+    """How often all arms take their turn.
+
+    Attributes:
+        repeats: measured rounds.
+        warmup: rounds before them.
+    """
+
+    repeats: int
+    warmup: int = 1
 
 
 def latency_report(
     arms: Sequence[Arm],
     row: RowTokens,
     batch: int,
-    repeats: int,
-    warmup: int,
+    rounds: Rounds,
+    operations: Sequence[str],
     tokens: int,
-    train: bool,
     checkpointing: bool = False,
 ) -> Report:
     """Time of a prefill, a decoding step, a whole answer and a training step.
@@ -37,33 +57,32 @@ def latency_report(
         arms: the baseline first.
         row: what each row of the batch holds.
         batch: rows.
-        repeats: measured rounds.
-        warmup: rounds before them.
+        rounds: how often; a decoding step is short and gets five times as many.
+        operations: which of ``OPERATIONS``.
         tokens: of the whole answer.
-        train: measure a training step as well.
         checkpointing: with gradient checkpointing.
     """
     inputs, device, causal = _setting(arms, row, batch)
     measured: dict[str, dict[str, Timing]] = {}
     for arm in arms:
         arm.inference()
-    measured["prefill"] = time_interleaved(
-        {arm.name: partial(arm.prefill, inputs) for arm in arms}, device, repeats, warmup
-    )
-    caches = {arm.name: arm.prefill(inputs) for arm in arms}
-    measured["decode step"] = time_interleaved(
-        {arm.name: partial(arm.decode, inputs, caches[arm.name]) for arm in arms},
-        device,
-        repeats,
-        warmup,
-        lambda name: caches[name].crop(-1),
-    )
-    caches.clear()
-    measured["answer"] = time_interleaved(
-        {arm.name: partial(arm.answer, inputs, tokens) for arm in arms}, device, repeats, warmup
-    )
-    if train:
-        measured["training step"] = _time_training(arms, inputs, repeats, warmup, checkpointing)
+    if "prefill" in operations:
+        works: Works = {arm.name: partial(arm.prefill, inputs) for arm in arms}
+        measured["prefill"] = time_interleaved(works, device, *rounds)
+    if "decode" in operations:
+        caches = {arm.name: arm.prefill(inputs) for arm in arms}
+        works = {arm.name: partial(arm.decode, inputs, caches[arm.name]) for arm in arms}
+        many = Rounds(5 * rounds.repeats, 5 * rounds.warmup)
+        measured["decode step"] = time_interleaved(
+            works, device, *many, after=lambda name: caches[name].crop(-1)
+        )
+        del works
+        caches.clear()
+    if "answer" in operations:
+        works = {arm.name: partial(arm.answer, inputs, tokens) for arm in arms}
+        measured["answer"] = time_interleaved(works, device, *rounds)
+    if "training" in operations:
+        measured["training step"] = _time_training(arms, inputs, rounds, checkpointing)
     flops = {arm.name: _operation_flops(arm, row, causal, tokens, checkpointing) for arm in arms}
     rows = [
         line
@@ -80,22 +99,29 @@ def latency_report(
         notes=f"Decoder only; the baseline is the stock class. Answer: prefill and {tokens} "
         "tokens. Training: forward and backward of all weights"
         + (", with gradient checkpointing" if checkpointing else "")
-        + ". Spread: distance of the quartiles. FLOPs as run.",
+        + ". Spread: distance of the quartiles. Time ratio: median of the rounds' ratios. FLOPs "
+        "as run.",
         plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
     )
 
 
 def memory_report(
-    arms: Sequence[Arm], row: RowTokens, batch: int, train: bool, checkpointing: bool = False
+    arms: Sequence[Arm],
+    row: RowTokens,
+    batch: int,
+    operations: Sequence[str],
+    checkpointing: bool = False,
 ) -> Report:
     """Peak memory above the weights, and the cache; arguments as of ``latency_report``."""
     inputs, device, _ = _setting(arms, row, batch)
     rows: list[dict[str, Any]] = []
     for arm in arms:
         arm.inference()
-        arm.prefill(inputs)  # what is made once and kept belongs to no peak
-        found = {"prefill": peak_memory(partial(arm.prefill, inputs), device)}
-        if train:
+        found: dict[str, int] = {}
+        if "prefill" in operations:
+            arm.prefill(inputs)  # what is made once and kept belongs to no peak
+            found["prefill"] = peak_memory(partial(arm.prefill, inputs), device)
+        if "training" in operations:
             arm.training(checkpointing)
             found["training"] = peak_memory(partial(arm.train_step, inputs), device)
             arm.forget_gradients()
@@ -109,7 +135,7 @@ def memory_report(
             first = rows[0] if rows else line
             line[f"{operation} ratio"] = peak / _MIB / first[f"{operation} peak MiB"]
         rows.append(line)
-    operations = [name for name in ("prefill", "training") if f"{name} ratio" in rows[0]]
+    done = [name for name in ("prefill", "training") if f"{name} ratio" in rows[0]]
     return Report(
         name="memory",
         title=f"Memory: {_describe(arms[0], inputs)}",
@@ -117,10 +143,8 @@ def memory_report(
         notes="Peak above weights; prefill includes the cache, training the gradients"
         + (", with gradient checkpointing." if checkpointing else "."),
         plot=Plot(
-            x=operations,
-            series={
-                line["arm"]: [line[f"{name} peak MiB"] for name in operations] for line in rows
-            },
+            x=done,
+            series={line["arm"]: [line[f"{name} peak MiB"] for name in done] for line in rows},
             y_label="peak above weights, MiB",
         ),
     )
@@ -131,10 +155,19 @@ def scaling_report(
     crops: Sequence[int],
     texts: Sequence[int],
     batch: int,
-    repeats: int,
-    warmup: int,
+    rounds: Rounds,
+    memory: bool = True,
 ) -> Report:
-    """Prefill by number of crops and text tokens; arguments as of ``latency_report``."""
+    """Prefill by number of crops and text tokens; other arguments as of ``latency_report``.
+
+    Args:
+        arms: the baseline first.
+        crops: numbers of crops.
+        texts: numbers of text tokens.
+        batch: rows.
+        rounds: how often.
+        memory: measure the peak too, in one more run of each.
+    """
     rows: list[dict[str, Any]] = []
     for arm in arms:
         arm.inference()
@@ -142,19 +175,16 @@ def scaling_report(
         for count in crops:
             row = RowTokens(crops=count, text=text)
             inputs, device, causal = _setting(arms, row, batch)
-            timings = time_interleaved(
-                {arm.name: partial(arm.prefill, inputs) for arm in arms},
-                device,
-                repeats,
-                warmup,
-            )
+            works = {arm.name: partial(arm.prefill, inputs) for arm in arms}
+            timings = time_interleaved(works, device, *rounds)
             flops = {arm.name: decoder_flops(arm.config, row, causal, True) for arm in arms}
             size = inputs.rows.element_size()
             for arm, line in zip(arms, _timed_rows("prefill", timings, flops), strict=True):
-                peak = peak_memory(partial(arm.prefill, inputs), device)
                 cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
-                more = {"peak MiB": peak / _MIB, "KV cache MiB": cached / _MIB}
-                rows.append({"crops": count, "text": text, **line, **more})
+                line["KV cache MiB"] = cached / _MIB
+                if memory:
+                    line["peak MiB"] = peak_memory(works[arm.name], device) / _MIB
+                rows.append({"crops": count, "text": text, **line})
     series = {
         f"{arm.name}, {text} text tokens": [
             line["median ms"] / 1000
@@ -168,7 +198,8 @@ def scaling_report(
         name="scaling",
         title=f"Prefill by crops and text: {_shape(arms[0])}",
         rows=rows,
-        notes="Decoder only; the baseline is the stock class. Peak above weights, cache included.",
+        notes="Decoder only; the baseline is the stock class. Time ratio: median of the rounds' "
+        "ratios. FLOPs as run. Peak above weights, cache included.",
         plot=Plot(list(crops), series, "prefill, seconds", "crops", lines=True),
     )
 
@@ -217,7 +248,7 @@ def _setting(arms: Sequence[Arm], row: RowTokens, batch: int) -> tuple[Inputs, t
 
 
 def _time_training(
-    arms: Sequence[Arm], inputs: Inputs, repeats: int, warmup: int, checkpointing: bool
+    arms: Sequence[Arm], inputs: Inputs, rounds: Rounds, checkpointing: bool
 ) -> dict[str, Timing]:
     by_name = {arm.name: arm for arm in arms}
     for arm in arms:
@@ -225,9 +256,8 @@ def _time_training(
     found = time_interleaved(
         {arm.name: partial(arm.train_step, inputs) for arm in arms},
         inputs.rows.device,
-        repeats,
-        warmup,
-        lambda name: by_name[name].forget_gradients(),
+        *rounds,
+        after=lambda name: by_name[name].forget_gradients(),
     )
     for arm in arms:
         arm.inference()
@@ -261,7 +291,7 @@ def _timed_rows(
     first = names[0]
     lines = []
     for name in names:
-        time_ratio = timings[name].median / timings[first].median
+        time_ratio = timings[name].over(timings[first])
         flops_ratio = flops[name] / flops[first]
         lines.append(
             {

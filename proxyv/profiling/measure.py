@@ -42,6 +42,11 @@ class Timing:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return high - low
 
+    def over(self, other: Timing) -> float:
+        """The middle one of the rounds' ratios; the two calls of a round ran side by side."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
 
 def elapsed(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call: by CUDA events on a GPU, else by the clock."""

@@ -1,4 +1,4 @@
-"""One result in three forms: a table on the console, JSON, and a plot beside it."""
+"""One result in its forms: a table on the console and in Markdown, JSON, and a plot beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import resource
 import textwrap
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class Report:
             "hardware": hardware(device),
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "commit": git_commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 
@@ -97,10 +99,31 @@ class Report:
         console.print(self.notes, style="dim", highlight=False)
 
     def save(self, folder: Path) -> None:
-        """Write ``NAME.json`` and ``NAME.png``."""
+        """Write ``NAME.json``, ``NAME.md`` and ``NAME.png``; the JSON file last."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        found = self.as_dict()
         self._draw(folder / f"{self.name}.png")
+        (folder / f"{self.name}.md").write_text(self._markdown(found))
+        (folder / f"{self.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def _markdown(self, found: dict[str, Any]) -> str:
+        columns = list(self.rows[0])
+        lines = [columns, ["---"] * len(columns)]
+        lines += [[_cell(row[column]) for column in columns] for row in self.rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        hardware, versions = found["hardware"], found["versions"]
+        made = [
+            found["date"],
+            f"{hardware['device']}, {hardware['cpu_count']} cores, "
+            f"{hardware['torch_threads']} threads",
+            *(f"{name} {version}" for name, version in versions.items()),
+            f"seed {self.settings['seed']}" if "seed" in self.settings else "no random numbers",
+            f"commit {found['commit']}",
+        ]
+        return (
+            f"# {self.title}\n\n{table}\n\n{self.notes}\n\n{'; '.join(made)}.\n\n"
+            f"![{self.title}]({self.name}.png)\n"
+        )
 
     def _draw(self, file: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -137,6 +160,6 @@ class Report:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 100 else (
-        f"{value:,.0f}" if isinstance(value, float) else str(value)
-    )  # fmt: skip
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
