@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny_models import tiny_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -26,7 +28,7 @@ SIDE = PX // PATCH
 PINPOINTS = [[2 * PX, PX], [PX, 2 * PX], [2 * PX, 2 * PX], [PX, 3 * PX], [3 * PX, PX]]
 
 
-def make_processor(**options) -> ProxyVProcessor:
+def make_processor(px=PX, patch=PATCH, pinpoints=PINPOINTS, **options) -> ProxyVProcessor:
     words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *map(chr, range(32, 127))]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -40,11 +42,11 @@ def make_processor(**options) -> ProxyVProcessor:
         additional_special_tokens=["<image>"],
     )
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": PX},
-        crop_size={"height": PX, "width": PX},
-        image_grid_pinpoints=PINPOINTS,
+        size={"shortest_edge": px},
+        crop_size={"height": px, "width": px},
+        image_grid_pinpoints=pinpoints,
     )
-    return ProxyVProcessor(image_processor=images, tokenizer=tokenizer, patch_size=PATCH, **options)
+    return ProxyVProcessor(image_processor=images, tokenizer=tokenizer, patch_size=patch, **options)
 
 
 @pytest.fixture(scope="module")
@@ -57,49 +59,57 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def normalise(image: Image.Image, processor: ProxyVProcessor) -> np.ndarray:
-    """Plain restatement: to (3, height, width), /255, mean and deviation."""
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255
-    mean = np.array(processor.image_processor.image_mean, dtype=np.float32)[:, None, None]
-    std = np.array(processor.image_processor.image_std, dtype=np.float32)[:, None, None]
-    return (pixels - mean) / std
+AUTHORS_WH = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 
 
-@pytest.mark.parametrize("size", [(40, 60), (60, 40), (28, 28), (9, 90), (120, 31)])
-def test_pad_is_a_square_of_the_mean_colour_resized(processor, size) -> None:
-    image = picture(*size)
-    inputs = processor.image_inputs(image, "pad")
-    longest = max(size)
-    square = Image.new("RGB", (longest, longest), (122, 116, 104))
-    square.paste(image, ((longest - size[1]) // 2, (longest - size[0]) // 2))
-    expected = normalise(square.resize((PX, PX), Image.Resampling.BICUBIC), processor)
-    assert inputs["pixel_values"].shape == (1, 1, 3, PX, PX)
-    np.testing.assert_allclose(inputs["pixel_values"][0, 0].numpy(), expected, atol=1e-6)
-    assert inputs["num_crops"].tolist() == [1]
-    assert inputs["image_sizes"].tolist() == [list(size)]
-
-
-@pytest.mark.parametrize("size", [(40, 60), (60, 40), (28, 28), (9, 90), (120, 31), (57, 29)])
-def test_anyres_is_the_thumbnail_and_the_tiles_of_the_best_canvas(processor, size) -> None:
-    image = picture(*size)
-    cut = processor.crop_layout(size, "anyres")
-    inputs = processor.image_inputs(image, "anyres")
-    scale = min(cut.canvas_hw[0] / size[0], cut.canvas_hw[1] / size[1])
-    if cut.canvas_hw[1] / size[1] < cut.canvas_hw[0] / size[0]:
-        new = (min(int(np.ceil(size[0] * scale)), cut.canvas_hw[0]), cut.canvas_hw[1])
+def authors_crops(image: Image.Image, ratio: str) -> list[Image.Image]:
+    """The authors' ``process_images`` up to CLIP's processor, said again: 336 x 336 pictures."""
+    width, height = image.size
+    if ratio == "pad":
+        longest = max(width, height)
+        square = Image.new("RGB", (longest, longest), (122, 116, 104))
+        square.paste(image, ((longest - width) // 2, (longest - height) // 2))
+        return [square]
+    rated = []
+    for order, (wide, high) in enumerate(AUTHORS_WH):
+        scale = min(wide / width, high / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        rated.append((-used, wide * high - used, order))
+    wide, high = AUTHORS_WH[min(rated)[2]]
+    across, down = wide / width, high / height
+    if across < down:
+        new = (wide, min(math.ceil(height * across), high))
     else:
-        new = (cut.canvas_hw[0], min(int(np.ceil(size[1] * scale)), cut.canvas_hw[1]))
-    canvas = Image.new("RGB", cut.canvas_hw[::-1])
-    corner = ((cut.canvas_hw[1] - new[1]) // 2, (cut.canvas_hw[0] - new[0]) // 2)
-    canvas.paste(image.resize(new[::-1], Image.Resampling.BICUBIC), corner)
-    tiles = [image.resize((PX, PX), Image.Resampling.BICUBIC)] + [
-        canvas.crop((x * PX, y * PX, (x + 1) * PX, (y + 1) * PX))
-        for y in range(cut.grid_hw[0])
-        for x in range(cut.grid_hw[1])
+        new = (min(math.ceil(width * down), wide), high)
+    canvas = Image.new("RGB", (wide, high), (0, 0, 0))
+    canvas.paste(image.resize(new), ((wide - new[0]) // 2, (high - new[1]) // 2))
+    tiles = [
+        canvas.crop((x, y, x + 336, y + 336))
+        for y in range(0, high, 336)
+        for x in range(0, wide, 336)
     ]
-    expected = np.stack([normalise(tile, processor) for tile in tiles])
-    assert inputs["num_crops"].tolist() == [cut.num_crops] == [len(tiles)]
-    np.testing.assert_allclose(inputs["pixel_values"][0].numpy(), expected, atol=1e-6)
+    return [image.resize((336, 336)), *tiles]
+
+
+@pytest.mark.parametrize("ratio", ["pad", "anyres"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *((389, 517), (977, 233), (301, 1201), (131, 97), (1533, 2049), (336, 336), (101, 101)),
+        *((333, 1000), (1, 1), (1, 700), (2900, 3), (336, 672), (672, 671)),
+    ],
+)
+def test_pixels_are_the_authors_bit_for_bit(size, ratio) -> None:
+    """With CLIP's own processor behind the authors' cutting, at the real size of crops."""
+    pinpoints = [[high, wide] for wide, high in AUTHORS_WH]
+    processor = make_processor(px=336, patch=14, pinpoints=pinpoints)
+    image = picture(*size)
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336)
+    expected = clip.preprocess(authors_crops(image, ratio), return_tensors="pt")["pixel_values"]
+    inputs = processor.image_inputs(image, ratio)
+    assert torch.equal(inputs["pixel_values"][0], expected)
+    assert inputs["num_crops"].tolist() == [len(expected)]
+    assert inputs["image_sizes"].tolist() == [list(size)]
 
 
 def test_the_first_pinpoint_wins_a_tie() -> None:
