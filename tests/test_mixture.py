@@ -1,4 +1,4 @@
-"""Mixtures, DocStruct4M's rows, streams, and the table of row lengths."""
+"""Mixtures, DocStruct4M's rows, and the table of row lengths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from proxyv.data.collator import Collator
 from proxyv.data.dataset import FACTS, ConversationDataset, report_rows
 from proxyv.data.images import DataError, ImageFolder
 from proxyv.data.mixture import MixtureSource, read_rows
 from proxyv.data.pipeline import ImagePipeline
 from proxyv.data.scan import scan_rows
 from proxyv.data.sources import JsonSource, open_source
-from proxyv.data.stream import ConversationStream
 from proxyv.data.templates import Renderer
 from proxyv.train.stage0.tokenizer import build_tokenizer
 
@@ -49,20 +46,6 @@ def record(name: str, answer: str = "yes", image: object = None) -> dict:
 def write_json(path: Path, records: list) -> str:
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     return str(path)
-
-
-def write_parquet(folder: Path, shards: int, rows: int) -> str:
-    import datasets
-
-    folder.mkdir()
-    for shard in range(shards):
-        records = [
-            record(f"{shard}-{row}", image={"bytes": png(), "path": None} if row % 2 else None)
-            for row in range(rows)
-        ]
-        table = datasets.Dataset.from_list(records)
-        table.cast_column("image", datasets.Image()).to_parquet(folder / f"{shard}.parquet")
-    return str(folder)
 
 
 def names(source) -> list[str]:
@@ -190,67 +173,3 @@ def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
     assert len(scan_rows(data, 0, cache=tmp_path / "cache")) == 2
     other = ConversationDataset(source, data.renderer, PIPELINE, 60, on_failure="skip")
     assert len(scan_rows(other, 0, cache=tmp_path / "cache")) == 4
-
-
-@pytest.fixture
-def no_rest(monkeypatch):
-    """``datasets`` waits for seconds at the end of a shuffled stream."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
-def stream(path: str, **how) -> ConversationStream:
-    renderer = Renderer(build_tokenizer(), "tiny")
-    return ConversationStream(path, ImageFolder(None), renderer, PIPELINE, 64, **how)
-
-
-def seen(samples) -> list[str]:
-    return [sample["where"].split("id ")[1] for sample in samples]
-
-
-def test_a_stream_gives_every_row_once_to_one_rank_and_worker(tmp_path, no_rest):
-    path = write_parquet(tmp_path / "shards", shards=4, rows=5)
-    everything = sorted(f"'{shard}-{row}')" for shard in range(4) for row in range(5))
-    one = seen(stream(path, buffer=4))
-    assert sorted(one) == everything
-    assert one == seen(stream(path, buffer=4))
-    ranks = [seen(stream(path, buffer=4, rank=rank, ranks=2)) for rank in range(2)]
-    assert sorted(ranks[0] + ranks[1]) == everything
-    later = stream(path, buffer=4)
-    later.set_epoch(1)
-    assert sorted(seen(later)) == everything and seen(later) != one
-    loader = DataLoader(
-        stream(path), batch_size=3, num_workers=2, collate_fn=Collator(0, describe=True)
-    )
-    batches = list(loader)
-    rows = [row for batch in batches for row in batch["rows"]]
-    assert sorted(row.split("id ")[1] for row in rows) == everything
-    assert sum(len(batch.get("num_crops", [])) for batch in batches) == 8
-
-
-def test_a_stream_goes_on_from_its_state(tmp_path, no_rest):
-    path = write_parquet(tmp_path / "shards", shards=2, rows=6)
-    first = stream(path, buffer=1)
-    rows = iter(first)
-    begun = [next(rows) for _ in range(5)]
-    state = first.state_dict()
-    rest = seen(rows)
-    second = stream(path, buffer=1)
-    second.load_state_dict(state)
-    resumed = seen(second)
-    assert not set(resumed) & set(seen(begun))
-    assert len(rest) - len(resumed) <= 1  # what lay in the buffer
-
-
-def test_a_stream_skips_or_raises(tmp_path, no_rest):
-    import datasets
-
-    bad = record("bad", image={"bytes": b"no picture", "path": None})
-    good = record("good", image={"bytes": png(), "path": None})
-    (tmp_path / "s").mkdir()
-    datasets.Dataset.from_list([bad, good]).to_parquet(tmp_path / "s" / "0.parquet")
-    samples = list(stream(str(tmp_path / "s"), on_failure="skip"))
-    assert [("failure" in sample) for sample in samples].count(True) == 1
-    with pytest.raises(DataError, match=r"\(id 'bad'\).* is not an image"):
-        list(stream(str(tmp_path / "s")))

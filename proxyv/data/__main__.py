@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_source(
         options.annotations,
         options.images,
+        streaming=options.streaming,
         max_megapixels=options.max_megapixels,
         follow_links=options.follow_links,
     )

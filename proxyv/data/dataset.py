@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -123,7 +124,7 @@ class DataReport:
 
 
 def check_rows(dataset: ConversationDataset, number: int, max_unsupervised: float) -> DataReport:
-    """Look at evenly spaced rows before training.
+    """Look at evenly spaced rows before training; of a streamed set, at evenly spaced blocks.
 
     Args:
         dataset: the rows.
@@ -133,11 +134,19 @@ def check_rows(dataset: ConversationDataset, number: int, max_unsupervised: floa
     Raises:
         DataError: as :func:`report_rows`.
     """
-    rows = len(dataset)
-    checked = min(number, rows)
-    indices = [step * rows // checked for step in range(checked)]
+    indices = _spread(len(dataset), min(number, len(dataset)), dataset.source.blocks)
     facts = np.array([dataset.measure(index) for index in indices], dtype=FACTS)
     return report_rows(dataset, facts, max_unsupervised, indices)
+
+
+def _spread(rows: int, number: int, blocks: np.ndarray | None) -> list[int]:
+    """So many row numbers from all over a set; whole blocks of them where it has blocks."""
+    if blocks is None:
+        return [step * rows // number for step in range(number)]
+    starts = np.flatnonzero(np.diff(blocks[:rows], prepend=-1))
+    wanted = max(math.ceil(number * len(starts) / rows), 1)
+    chosen = {int(blocks[starts[step * len(starts) // wanted]]) for step in range(wanted)}
+    return np.flatnonzero(np.isin(blocks[:rows], list(chosen)))[:number].tolist()
 
 
 def report_rows(

@@ -28,6 +28,7 @@ import yaml
 
 from proxyv.cli import nearest
 from proxyv.data.rows import Row
+from proxyv.data.sampler import WINDOW_ROWS
 from proxyv.data.sources import Source, open_source
 
 __all__ = ["MixtureSource", "Part", "open_mixture", "read_rows"]
@@ -92,6 +93,20 @@ class MixtureSource:
     def record(self, index: int) -> Any:
         """One row as it stands in its file."""
         return self.sources[self._part[index]].record(int(self._row[index]))
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """(rows,) blocks of the sources, numbered on; what has none is cut into windows."""
+        found = [source.blocks for source in self.sources]
+        if all(blocks is None for blocks in found):
+            return None
+        numbers, first = np.empty(len(self), dtype=np.int64), 0
+        for part, (source, known) in enumerate(zip(self.sources, found, strict=True)):
+            blocks = np.arange(len(source)) // WINDOW_ROWS if known is None else known
+            mine = self._part == part
+            numbers[mine] = first + blocks[self._row[mine]]
+            first += int(blocks[-1]) + 1
+        return numbers
 
     @property
     def fingerprint(self) -> str:

@@ -35,6 +35,7 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=2048, help="longest row in tokens (2048)")
     add("--max-megapixels", type=float, default=100.0, help="largest image (100)")
     add("--follow-links", action="store_true", help="links may lead out of the image folder")
+    add("--streaming", action="store_true", help="read parquet where it lies, make no copy of it")
     add("--limit", type=int, help="look only at the first rows")
     add("--json", action="store_true", help="write JSON")
 

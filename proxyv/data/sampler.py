@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["GroupedSampler", "RowSampler", "padding_share"]
+__all__ = ["WINDOW_ROWS", "GroupedSampler", "LaneSampler", "RowSampler", "padding_share"]
+
+WINDOW_ROWS = 1024
+"""Streamed rows that one process keeps at hand, and draws the next from."""
 
 
 class RowSampler(Sampler[int]):
@@ -120,6 +123,55 @@ class GroupedSampler(RowSampler):
 
     def _longest_first(self, rows: np.ndarray) -> np.ndarray:
         return rows[np.argsort(-self.lengths[rows], kind="stable")]
+
+
+class LaneSampler(RowSampler):
+    """Every row once, in an order in which each process reads its own blocks, one after another.
+
+    A *lane* is what one data-loading process reads: batches are dealt to ranks in turn, and those
+    of a rank to its workers, so every ``lanes``-th micro-batch goes to the same process. Blocks are
+    drawn in random order and dealt to the lanes; within a lane, rows are drawn from a window of
+    as many blocks as make :data:`WINDOW_ROWS`. An optimiser step mixes the rows of all lanes.
+    When the shorter lanes are through, the rest of the others comes last.
+
+    Args:
+        blocks: (rows,) numbers, alike for rows that are read together.
+        micro_batch: rows of one rank at a time.
+        lanes: ranks x data-loading processes of each.
+        seed: of the order.
+    """
+
+    def __init__(self, blocks: np.ndarray, micro_batch: int, lanes: int, seed: int) -> None:
+        super().__init__(len(blocks), seed)
+        by_block = np.argsort(blocks, kind="stable")
+        self._blocks = np.split(by_block, np.flatnonzero(np.diff(blocks[by_block])) + 1)
+        self.micro_batch, self.lanes = micro_batch, lanes
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Row numbers of a pass, (rows,) int64."""
+        generator, size = self._generator(epoch), self.micro_batch
+        dealt: list[list[np.ndarray]] = [[] for _ in range(self.lanes)]
+        held = [0] * self.lanes
+        for block in generator.permutation(len(self._blocks)):
+            shortest = held.index(min(held))
+            dealt[shortest].append(self._blocks[block])
+            held[shortest] += len(self._blocks[block])
+        lanes = [_draw(lane, generator) for lane in dealt if lane]
+        rounds = min(len(lane) for lane in lanes) // size if len(lanes) == self.lanes else 0
+        even = np.stack([lane[: rounds * size].reshape(rounds, size) for lane in lanes], axis=1)
+        return np.concatenate([even.ravel(), *(lane[rounds * size :] for lane in lanes)])
+
+
+def _draw(blocks: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+    """Rows of some blocks, in random order within windows of them."""
+    drawn, window, rows = [], [], 0
+    for number, block in enumerate(blocks, start=1):
+        window.append(block)
+        rows += len(block)
+        if rows >= WINDOW_ROWS or number == len(blocks):
+            drawn.append(generator.permutation(np.concatenate(window)))
+            window, rows = [], 0
+    return np.concatenate(drawn)
 
 
 def padding_share(order: np.ndarray, lengths: Any, micro_batch: int) -> float:

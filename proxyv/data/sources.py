@@ -30,6 +30,7 @@ __all__ = [
     "JsonSource",
     "ParquetSource",
     "Source",
+    "file_stamp",
     "open_source",
     "parquet_files",
 ]
@@ -58,6 +59,11 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes when the files change."""
+        ...
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """(rows,) numbers, alike for rows that are read together; None where any row is as near."""
         ...
 
 
@@ -96,10 +102,12 @@ class JsonSource:
         start, end = self._spans[index]
         return json.loads(self._map[start:end])
 
+    blocks: np.ndarray | None = None
+
     @property
     def fingerprint(self) -> str:
         """Path, size and time of the file."""
-        return _stamp([self.path])
+        return file_stamp([self.path])
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process opens the map anew."""
@@ -219,25 +227,31 @@ class ParquetSource:
         """One row as it stands in the table."""
         return self._table[int(index)]
 
+    blocks: np.ndarray | None = None
+
     @property
     def fingerprint(self) -> str:
         """Path, size and time of the files, or what the hub's copy is known by."""
-        return _stamp(self._files) if self._files else str(self._table._fingerprint)
+        return file_stamp(self._files) if self._files else str(self._table._fingerprint)
 
 
-def _stamp(files: Sequence[Path]) -> str:
+def file_stamp(files: Sequence[Path]) -> str:
     """What tells one state of some files from another."""
     states = [(str(file), os.stat(file)) for file in files]
     return " ".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
 
 
-def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
+def open_source(
+    annotations: str, images: str | None, *, streaming: bool = False, **limits: Any
+) -> Source:
     """Open a data set by what its name says it is.
 
     Args:
         annotations: a ``.json``/``.jsonl`` file, a ``.parquet`` file, a folder of parquet files,
             an id on the hub such as ``lmms-lab/LLaVA-NeXT-Data``, or a ``.yaml`` mixture of those.
         images: the folder that image paths are relative to.
+        streaming: read parquet where it lies, see ``stream.py``, instead of copying it into the
+            cache of ``datasets`` first. JSON is always read where it lies.
         limits: see :class:`ImageFolder`.
 
     Raises:
@@ -251,18 +265,26 @@ def open_source(annotations: str, images: str | None, **limits: Any) -> Source:
     if path.suffix in (".yaml", ".yml"):
         from proxyv.data.mixture import open_mixture
 
-        return open_mixture(path, images, **limits)
+        return open_mixture(path, images, streaming=streaming, **limits)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"data.annotations: no file {annotations!r}")
         return JsonSource(path, folder)
     if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
-        return ParquetSource(annotations, folder)
+        return _open_parquet(annotations, folder, streaming)
     if path.exists():
         raise ValueError(
             f"data.annotations={annotations!r}: expected .json, .jsonl, .parquet, a folder of "
             "parquet files, a .yaml mixture, or an id on the hub"
         )
     if _HUB_ID.fullmatch(annotations) and path.suffix != ".parquet":
-        return ParquetSource(annotations, folder)
+        return _open_parquet(annotations, folder, streaming)
     raise FileNotFoundError(f"data.annotations: no file or folder {annotations!r}")
+
+
+def _open_parquet(path: str, folder: ImageFolder, streaming: bool) -> Source:
+    if not streaming:
+        return ParquetSource(path, folder)
+    from proxyv.data.stream import ParquetStream
+
+    return ParquetStream(path, folder)

@@ -1,102 +1,138 @@
-"""Rows of parquet files as they come, for a set that is not to be copied to this machine first.
+"""Rows of parquet files read where they lie, for a set that is not to be copied here first.
+
+A parquet file tells its row groups in its last bytes, so that the number of every row is known
+before one is read, and a row group can be fetched alone. Streamed rows therefore have an order that
+is known beforehand, like any others: see ``LaneSampler`` for one that reads each group once.
 
 Source: no counterpart in the authors' code.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
+import numpy as np
 
-from proxyv.data.collator import Sample
-from proxyv.data.images import ImageFolder
-from proxyv.data.pipeline import ImagePipeline, RowPipeline
-from proxyv.data.rows import parse_row
-from proxyv.data.sources import parquet_files
-from proxyv.data.templates import Renderer
+from proxyv.data.images import DataError, ImageFolder
+from proxyv.data.rows import Row, parse_row
+from proxyv.data.sampler import WINDOW_ROWS
+from proxyv.data.sources import file_stamp, parquet_files
 
-__all__ = ["ConversationStream"]
+__all__ = ["ParquetStream"]
+
+_CONNECTIONS = 16  # files whose last bytes are asked for at the same time
 
 
-class ConversationStream(RowPipeline, IterableDataset[Sample]):
-    """Samples of parquet files, from the hub or from disk, read once from front to back.
-
-    ``datasets`` reads; nothing but a buffer of rows is held. Each rank reads its own shards (or,
-    where the number of ranks does not divide that of the files, its own rows), and within a rank
-    each data-loading worker its own files: have at least ranks x workers files. The stream already
-    gives each rank its own part, so it must not be dealt out a second time (with ``accelerate``:
-    do not prepare the loader). Lengths are not known beforehand, so rows are not grouped by
-    length, and a run over a stream counts steps, not passes.
+class ParquetStream:
+    """Rows of parquet files, from the hub or from disk, of which little more is held than in use.
 
     Args:
         path: a parquet file, a folder of them, or an id on the hub.
-        folder: the size limit of images.
-        renderer: makes ids and labels.
-        images: makes crops.
-        max_length: longest row in tokens.
-        on_failure: ``raise`` or ``skip``, see :class:`RowPipeline`.
-        seed: of the order; ``set_epoch`` gives every pass its own.
-        buffer: rows among which the next is drawn; the order of files is drawn as well.
-        rank: number of this rank.
-        ranks: ranks that share the stream.
+        folder: where images given by path are, and the size limit.
 
     Raises:
         FileNotFoundError: a folder without parquet files.
+        DataError: no parquet, or no rows.
     """
 
-    def __init__(
-        self,
-        path: str,
-        folder: ImageFolder,
-        renderer: Renderer,
-        images: ImagePipeline,
-        max_length: int,
-        on_failure: str = "raise",
-        *,
-        seed: int = 42,
-        buffer: int = 1000,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        import datasets
-        from datasets.distributed import split_dataset_by_node
-
-        super().__init__(renderer, images, max_length, on_failure)
+    def __init__(self, path: str, folder: ImageFolder) -> None:
         self.path, self.folder = path, folder
-        if Path(path).exists():
-            files = [str(file) for file in parquet_files(path)]
-            table = datasets.load_dataset(
-                "parquet", data_files=files, split="train", streaming=True
-            )
-        else:
-            table = datasets.load_dataset(path, split="train", streaming=True)
-        for name, feature in (table.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
-        table = table.shuffle(seed=seed, buffer_size=buffer)
-        self._table = split_dataset_by_node(table, rank=rank, world_size=ranks)
+        self._files = _find(path)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            sizes = list(pool.map(_group_sizes, self._files))
+        self._groups = [
+            (file, number) for file, found in enumerate(sizes) for number in range(len(found))
+        ]
+        self._ends = np.cumsum([rows for found in sizes for rows in found], dtype=np.int64)
+        if not len(self._ends) or not self._ends[-1]:
+            raise DataError(f"{path}: no rows")
+        self._most_held = WINDOW_ROWS + 2 * max(max(found, default=0) for found in sizes)
+        self._forget()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the pass, and with it the order."""
-        self._table.set_epoch(epoch)
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._open: dict[int, Any] = {}
+        self._held: OrderedDict[int, Any] = OrderedDict()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, in the process that reads it.
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._ends[-1])
 
-        Rows that lay in the buffer are not read again: going on leaves out up to ``buffer`` rows.
-        """
-        return self._table.state_dict()
+    def __getitem__(self, index: int) -> Row:
+        """One row, its images not yet decoded."""
+        return parse_row(self.record(index), f"{self.path} (streamed)", index, self.folder)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a place that :meth:`state_dict` gave."""
-        self._table.load_state_dict(state)
+    def record(self, index: int) -> Any:
+        """One row as it stands in its file; reads the row group that it is in, unless held."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        if self._process != os.getpid():
+            self._forget()  # connections do not survive a fork
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[group - 1]) if group else 0
+        return self._group(group).slice(index - start, 1).to_pylist()[0]
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Samples in order."""
-        file = f"{self.path} (streamed)"
-        for number, record in enumerate(self._table):
-            yield self.sample(functools.partial(parse_row, record, file, number, self.folder))
+    @property
+    def blocks(self) -> np.ndarray:
+        """Row group of each row, (rows,) int64."""
+        sizes = np.diff(self._ends, prepend=0)
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Path, size and time of the files; on the hub, their addresses with the commit."""
+        here = [Path(file) for file in self._files if "://" not in file]
+        return " ".join([*(file for file in self._files if "://" in file), file_stamp(here)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker process opens the files anew."""
+        return {**self.__dict__, "_open": {}, "_held": OrderedDict()}
+
+    def _group(self, group: int) -> Any:
+        """A row group as a table; those used last are held."""
+        if group in self._held:
+            self._held.move_to_end(group)
+            return self._held[group]
+        file, number = self._groups[group]
+        if file not in self._open:
+            self._open = {file: _open(self._files[file])}  # one at a time: a set has hundreds
+        table = self._held[group] = self._open[file].read_row_group(number)
+        while sum(len(held) for held in self._held.values()) > self._most_held:
+            self._held.popitem(last=False)
+        return table
+
+
+def _find(path: str) -> list[str]:
+    """Files on this machine, or their addresses on the hub, in order."""
+    if Path(path).exists():
+        return [str(file) for file in parquet_files(path)]
+    import datasets
+
+    files = datasets.load_dataset_builder(path).config.data_files or {}
+    found = [str(file) for file in files.get("train", ()) if str(file).endswith(".parquet")]
+    if not found:
+        raise FileNotFoundError(
+            f"data.annotations={path}: no parquet file of a split 'train' on the hub"
+        )
+    return sorted(found)
+
+
+def _open(file: str) -> Any:
+    import fsspec
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(fsspec.open(file).open(), pre_buffer=True)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a complete parquet file ({error})") from error
+
+
+def _group_sizes(file: str) -> list[int]:
+    """Rows of each row group."""
+    facts = _open(file).metadata
+    return [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]

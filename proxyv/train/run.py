@@ -22,7 +22,7 @@ from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, DataReport, check_rows, report_rows
 from proxyv.data.failures import FailureLog
 from proxyv.data.pipeline import ImagePipeline
-from proxyv.data.sampler import GroupedSampler, RowSampler
+from proxyv.data.sampler import GroupedSampler, LaneSampler, RowSampler
 from proxyv.data.scan import scan_rows
 from proxyv.data.sources import Source, open_source
 from proxyv.train.adapters import plain_state, save_adapters
@@ -49,6 +49,7 @@ def open_data(settings: Settings) -> Source:
     return open_source(
         data.annotations,
         data.images,
+        streaming=data.streaming,
         max_megapixels=data.max_megapixels,
         follow_links=data.follow_links,
     )
@@ -162,7 +163,11 @@ def _order(
     data, seed = settings.data, settings.run.seed
     if not data.group_by_length:
         report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
-        return RowSampler(len(dataset), seed), report
+        blocks = dataset.source.blocks
+        if blocks is None:
+            return RowSampler(len(dataset), seed), report
+        lanes = ranks * max(data.workers, 1)
+        return LaneSampler(blocks[: len(dataset)], settings.optim.micro_batch, lanes, seed), report
     with only_run(cache, wait_seconds=math.inf):  # one rank measures, the others find its table
         facts = scan_rows(dataset, data.workers, cache)
     report = report_rows(dataset, facts, data.max_unsupervised_share)
@@ -232,6 +237,8 @@ def _identity(settings: Settings, ranks: int) -> dict[str, Any]:
         for key, value, _ in walk(settings)
         if key == "run.seed" or not key.startswith(_FREE_TO_CHANGE)
     }
+    if settings.data.streaming:
+        fixed["data.workers"] = settings.data.workers  # the order of streamed rows depends on it
     return {**fixed, "ranks": ranks}
 
 
