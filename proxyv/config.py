@@ -6,9 +6,13 @@ stays the stock configuration of the language model's family.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
+
+from proxyv.reduction import Reduction, build_reduction, check_combination
 
 __all__ = [
     "DOWNSAMPLE_MODES",
@@ -53,12 +57,15 @@ class ProxyVConfig(LlavaNextConfig):
             expect: the thumbnail, then the tiles as one picture without what only pads, a
             newline after each row. It is for the baseline: its rows are no crops that proxies
             could be made of.
+        reduction: a token-reduction method and its options, such as ``{"method": "fastv",
+            "layer": 2, "ratio": 0.5}``; see ``proxyv.reduction``. None keeps every token.
         **kwargs: the fields of ``LlavaNextConfig``.
 
     Raises:
         ValueError: an option outside the values above, a reduction that does not divide the crop
-            side, a start layer that the language model does not have, or packing "llava_next"
-            with a start layer or with released positions.
+            side, a start layer that the language model does not have, packing "llava_next" with a
+            start layer, released positions or a reduction, or a token-reduction method that does
+            not go with the other options.
     """
 
     model_type = "proxyv"
@@ -75,6 +82,7 @@ class ProxyVConfig(LlavaNextConfig):
     layout: str = "natural"
     guided_ratio: float | None = None
     packing: str = "crops"
+    reduction: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -86,27 +94,50 @@ class ProxyVConfig(LlavaNextConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
+    def reduction_method(self) -> Reduction | None:
+        """The token-reduction method with its options."""
+        return None if self.reduction is None else build_reduction(self.reduction)
+
+    @property
+    def crop_tokens(self) -> int:
+        """Full tokens of one crop in the sequence: s * s, or what a reduction leaves of them.
+
+        Where the image decides what is left, s * s rows are reserved.
+        """
+        method = self.reduction_method
+        tokens = None if method is None else method.tokens_per_crop(self.side**2)
+        return self.side**2 if tokens is None else tokens
+
+    @property
+    def crop_side(self) -> int | None:
+        """Side of one crop's full tokens as they enter the decoder; None if they are no grid."""
+        method = self.reduction_method
+        if method is None or method.stage == "decoder":
+            return self.side
+        return math.isqrt(self.crop_tokens) if method.keeps_grid else None
+
+    @property
     def tokens_per_crop(self) -> int:
-        """Rows that one crop takes in the sequence: s * s full tokens and its newline."""
-        return self.side**2 + 1
+        """Rows that one crop takes in the sequence: its full tokens and its newline."""
+        return self.crop_tokens + 1
 
     @property
     def proxies_per_crop(self) -> int:
         """Proxies of one crop that is not pooled."""
-        return self.num_proxies(self.side)
+        return self.num_proxies(self.crop_side)
 
-    def num_proxies(self, side: int) -> int:
+    def num_proxies(self, side: int | None) -> int:
         """Proxies of a crop of ``side`` x ``side`` tokens: (side / r) ** 2, or the learned ones.
 
-        Layers that skip have none.
+        Layers that skip have none. ``side`` is None where tokens are no grid.
         """
         if self.skip is not None:
             return 0
         if self.proxy_kind == "spatial":
-            return (side // self.side_reduction) ** 2
+            return 0 if side is None else (side // self.side_reduction) ** 2
         if self.learned_proxies is not None:
             return self.learned_proxies
-        return self.side**2 // self.side_reduction**2
+        return self.crop_tokens // self.side_reduction**2
 
     @property
     def guided_width(self) -> int:
@@ -153,6 +184,7 @@ class ProxyVConfig(LlavaNextConfig):
                 f"packing='llava_next' has no newline after a crop that layout={self.layout!r} "
                 "could move: set layout to 'natural', or packing to 'crops'"
             )
+        self._check_reduction()
         if self.start_layer is None:
             return
         layers = self.text_config.num_hidden_layers
@@ -161,26 +193,59 @@ class ProxyVConfig(LlavaNextConfig):
                 f"start_layer={self.start_layer!r} is not a layer of the language model: use an "
                 f"integer from 0 to {layers - 1} (it has {layers} layers), or null for the baseline"
             )
-        self.check_crop_side(self.side)
+        self.check_crop_side(self.crop_side)
 
-    def check_crop_side(self, side: int) -> None:
-        """Check that crops of ``side`` x ``side`` full tokens can have proxies.
+    def _check_reduction(self) -> None:
+        """Check the token-reduction method against the rest."""
+        if self.reduction is None:
+            return
+        if not isinstance(self.reduction, Mapping):
+            raise ValueError(
+                f"reduction must be a mapping such as {{'method': 'fastv'}}, or null, got "
+                f"{self.reduction!r}"
+            )
+        method = build_reduction(self.reduction)
+        ragged = method.tokens_per_crop(self.side**2) is None
+        if self.packing != "crops":
+            raise ValueError(
+                f"packing={self.packing!r} cannot go with reduction method {method.name!r}: its "
+                "rows are no crops that could be reduced. Set packing to 'crops'"
+            )
+        if self.layout == "released" and (ragged or method.stage == "decoder"):
+            raise ValueError(
+                f"layout='released' cannot go with reduction method {method.name!r}: visibility "
+                "goes by position there, which dropping rows would break. Set layout to "
+                "'natural', or use a method with a fixed number of tokens before the decoder"
+            )
+        # Layers that skip make no proxies, so they need no grid.
+        check_combination(
+            method,
+            num_patches=self.side**2,
+            num_layers=self.text_config.num_hidden_layers,
+            start_layer=self.start_layer,
+            proxy_kind="learned" if self.skip is not None else self.proxy_kind,
+            side_reduction=self.side_reduction,
+        )
+
+    def check_crop_side(self, side: int | None) -> None:
+        """Check that crops of ``side`` x ``side`` full tokens, or of no grid, can have proxies.
 
         Raises:
             ValueError: a reduction that does not divide the side, or leaves no proxy.
         """
         if self.start_layer is None or self.skip is not None:
             return
-        if self.proxy_kind == "spatial" and side % self.side_reduction != 0:
+        if self.proxy_kind == "spatial" and side is not None and side % self.side_reduction != 0:
             divisors = [r for r in range(1, side + 1) if side % r == 0]
             raise ValueError(
                 f"side_reduction={self.side_reduction} does not divide the crop side of "
                 f"{side} patches: use one of {divisors}"
             )
         if self.num_proxies(side) < 1:
+            tokens = self.crop_tokens if side is None else side**2
             raise ValueError(
-                f"side_reduction={self.side_reduction} leaves a crop of {side}**2 tokens no "
-                f"proxy: use at most {side}, or set learned_proxies"
+                f"side_reduction={self.side_reduction} leaves a crop of {tokens} tokens no proxy: "
+                f"use at most {math.isqrt(tokens)}, or set learned_proxies"
             )
 
     def _check_learned_proxies(self) -> None:
@@ -214,5 +279,6 @@ OPTIONS = (
     "layout",
     "guided_ratio",
     "packing",
+    "reduction",
 )
 """The fields that ``ProxyVConfig`` adds to LLaVA-NeXT's."""

@@ -50,13 +50,21 @@ class ImageGrid:
 
     Attributes:
         num_crops: crops in all.
-        side: side of a crop in tokens, after pooling.
-        num_tokens: rows of the sequence, newlines included.
+        side: side of a crop in tokens, after pooling or reduction; None where they are no grid.
+        num_tokens: rows of the sequence, newlines included, the same number for every crop.
+        crop_tokens: full tokens of each crop, where they are fewer than its rows hold; the rows
+            behind them, up to the newline, stay empty. None fills all rows.
     """
 
     num_crops: int
-    side: int
+    side: int | None
     num_tokens: int
+    crop_tokens: tuple[int, ...] | None = None
+
+    @property
+    def rows_per_crop(self) -> int:
+        """Rows of a crop, its newline included."""
+        return self.num_tokens // self.num_crops
 
 
 def crop_layout(
@@ -176,6 +184,8 @@ def image_grids(
     pools = [1] * images if pool_sizes is None else pool_sizes.tolist()
     if len(pools) != images:
         raise ValueError(f"pool_sizes={pools} does not fit {images} images: give one number each")
+    if config.crop_side != config.side or config.crop_tokens != config.side**2:
+        return _reduced_grids(config, counts, pools)
     sides = [pooled_side(config.side, pool) for pool in pools]
     for side in sides:
         config.check_crop_side(side)
@@ -183,6 +193,18 @@ def image_grids(
         ImageGrid(count, side, num_image_tokens(count, side))
         for count, side in zip(counts, sides, strict=True)
     ]
+
+
+def _reduced_grids(config: Any, counts: list[int], pools: list[int]) -> list[ImageGrid]:
+    """As ``image_grids``, where a method leaves fewer tokens of a crop before the decoder."""
+    if any(pool != 1 for pool in pools):
+        raise ValueError(
+            f"pool_sizes={pools} cannot go with reduction method "
+            f"{config.reduction_method.name!r}, which reduces whole crops: use a method inside "
+            "the decoder (fastv, pyramiddrop), or no pooling"
+        )
+    rows = config.tokens_per_crop
+    return [ImageGrid(count, config.crop_side, count * rows) for count in counts]
 
 
 def real_crops(pixel_values: Tensor, grids: Sequence[ImageGrid]) -> Tensor:

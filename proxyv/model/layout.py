@@ -7,7 +7,8 @@ natural sequence, D width.
 
 An image occupies C*(s*s+1) consecutive rows: the full tokens of a crop in raster order, then its
 newline, crop after crop (thumbnail first). A row of the batch may hold any number of images. ``s``
-belongs to the image: crops of pooled video frames are smaller.
+belongs to the image: crops of pooled video frames are smaller. Token reduction may leave crops that
+are no grid, of one length or of several; ``SequenceLayout.keep`` drops rows of a layout.
 """
 
 from __future__ import annotations
@@ -38,14 +39,26 @@ class CropGroup(NamedTuple):
     """Crops of one size, which lie together in the full stream and among the proxies.
 
     Attributes:
-        side: crop side s in tokens.
+        side: crop side s in tokens; 0 where they are no grid.
         num_crops: crops of each batch row, padding included.
         num_proxies: proxies of each crop.
+        longest: full tokens of the longest crop where they are no grid; shorter ones are padded.
     """
 
     side: int
     num_crops: int
     num_proxies: int
+    longest: int = 0
+
+    @property
+    def crop_tokens(self) -> int:
+        """Entries n of each crop in the full stream."""
+        return self.side**2 or self.longest
+
+    @property
+    def num_full(self) -> int:
+        """Entries of all its crops."""
+        return self.num_crops * self.crop_tokens
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,12 @@ class SequenceLayout:
     Attributes:
         groups: the crops of each side, in the order in which full tokens and proxies lie.
         full_index: (B, F) natural row of each full token, crops in order, raster order within.
-        full_valid: (B, F) False where an entry is padding; whole crops at a time.
+        full_valid: (B, F) False where an entry is padding; whole crops at a time, but for
+            ``ragged``.
         light_index: (B, L) natural row of each newline or text token, in order.
         light_valid: (B, L) False where an entry is padding.
-        proxy_anchor: (B, P) natural row of the first full token of the proxy's image.
+        proxy_anchor: (B, P) natural row of the first row of the proxy's image.
+        anchor_slot: (B, P) slot of the first full token of the proxy's image.
         proxy_offset: (B, P) rank of the proxy within its image.
         proxy_valid: (B, P) False where an entry is padding.
         slots: (B, S) order used for visibility; a token sees what has a slot not above its own.
@@ -71,6 +86,7 @@ class SequenceLayout:
             at entry 0.
         segments: the same as slices ``(is_full, start, stop)`` where all rows of the batch are
             alike, else None; joining by slices copies once instead of twice.
+        ragged: some crop has padding among its tokens.
     """
 
     groups: tuple[CropGroup, ...]
@@ -79,12 +95,14 @@ class SequenceLayout:
     light_index: Tensor
     light_valid: Tensor
     proxy_anchor: Tensor
+    anchor_slot: Tensor
     proxy_offset: Tensor
     proxy_valid: Tensor
     slots: Tensor
     position_shift: Tensor
     natural_index: Tensor
     segments: tuple[tuple[bool, int, int], ...] | None
+    ragged: bool = False
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
         """The same layout with its tensors on ``device``."""
@@ -122,11 +140,94 @@ class SequenceLayout:
 
     def proxy_slots(self) -> Tensor:
         """(B, P) slots of the proxies: consecutive from the slot of their image's first token."""
-        return self.slots.gather(1, self.proxy_anchor) + self.proxy_offset
+        return self.anchor_slot + self.proxy_offset
 
     def proxy_positions(self, position_ids: Tensor) -> Tensor:
         """(B, P) rotary positions of the proxies, from those of the natural rows (B, S)."""
         return position_ids.gather(1, self.proxy_anchor) + self.proxy_offset
+
+    @property
+    def full_rows(self) -> Tensor:
+        """(B, S) True where a natural row is a full token."""
+        return self.natural_index >= self.light_index.shape[1]
+
+    def keep(self, kept: Tensor, index: Tensor) -> tuple[SequenceLayout, Tensor]:
+        """Drop full tokens, and rows that are neither full nor light.
+
+        Slots stay, so that whatever is left sees what it saw. Proxies stay too.
+
+        Args:
+            kept: (B, S) True where a row stays; light rows have to.
+            index: (B, S') row before of each row that is left, in order; where False in ``kept``
+                it is padding, at one end.
+
+        Returns:
+            The layout of the rows left, and the index (B, F') of each full token in the full
+            stream before.
+        """
+        left = kept.gather(1, index)  # (B, S')
+        numbers = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        place = torch.zeros_like(kept, dtype=torch.long).scatter(1, index, numbers)
+        groups, chosen, valid = self._keep_full(kept.gather(1, self.full_index) & self.full_valid)
+        full_index = place.gather(1, self.full_index.gather(1, chosen))
+        light_index = place.gather(1, self.light_index)
+        # How many rows that stay come before a row, behind padding on the left.
+        before = kept.long().cumsum(dim=1) - kept.long()
+        first = left.int().argmax(dim=1, keepdim=True)
+        layout = dataclasses.replace(
+            self,
+            groups=groups,
+            full_index=full_index,
+            full_valid=valid,
+            light_index=light_index,
+            proxy_anchor=first + before.gather(1, self.proxy_anchor),
+            slots=self.slots.expand_as(kept).gather(1, index),
+            position_shift=self.position_shift.gather(1, index),
+            natural_index=_natural_index(
+                light_index, self.light_valid, full_index, valid, index.shape[1]
+            ),
+            segments=None,
+            ragged=True,
+        )
+        return layout, chosen
+
+    def _keep_full(self, kept: Tensor) -> tuple[tuple[CropGroup, ...], Tensor, Tensor]:
+        """Pack what stays of each crop, (B, F) bool: groups, index (B, F'), validity (B, F')."""
+        groups, chosen, valid, start = [], [], [], 0
+        for group in self.groups:
+            crops = kept[:, start : start + group.num_full].unflatten(
+                1, (group.num_crops, group.crop_tokens)
+            )
+            longest = max(1, int(crops.sum(dim=2).max())) if crops.numel() else 1
+            order = crops.int().argsort(dim=2, descending=True, stable=True)[..., :longest]
+            valid.append(crops.gather(2, order).flatten(1))
+            firsts = torch.arange(group.num_crops, device=kept.device) * group.crop_tokens
+            chosen.append((order + start + firsts[:, None]).flatten(1))
+            groups.append(CropGroup(0, group.num_crops, group.num_proxies, longest))
+            start += group.num_full
+        return tuple(groups), torch.cat(chosen, dim=1), torch.cat(valid, dim=1)
+
+    def without_empty_crops(self) -> SequenceLayout:
+        """The same without the proxies of crops of which no token is left."""
+        alive, start = [], 0
+        for group in self.groups:
+            crops = self.full_valid[:, start : start + group.num_full]
+            crops = crops.unflatten(1, (group.num_crops, group.crop_tokens)).any(dim=2)
+            alive.append(crops.repeat_interleave(group.num_proxies, dim=1))
+            start += group.num_full
+        valid = self.proxy_valid & torch.cat(alive, dim=1)
+        return dataclasses.replace(self, proxy_valid=valid)
+
+
+def _natural_index(
+    light_index: Tensor, light_valid: Tensor, full_index: Tensor, full_valid: Tensor, length: int
+) -> Tensor:
+    """(B, length) where each natural row lies in ``[light | full]``; 0 for any other row."""
+    where = torch.cat([light_index, full_index], dim=1)
+    where = where.masked_fill(~torch.cat([light_valid, full_valid], dim=1), length)
+    numbers = torch.arange(where.shape[1], device=where.device).expand_as(where)
+    natural = torch.zeros(where.shape[0], length + 1, dtype=torch.long, device=where.device)
+    return natural.scatter(1, where, numbers)[:, :length]
 
 
 def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -184,7 +285,7 @@ def find_images(image_mask: Tensor, grids: Sequence[ImageGrid]) -> list[list[Ima
 def build_layout(
     spans: Sequence[Sequence[ImageSpan]],
     real: Tensor,
-    num_proxies: Callable[[int], int],
+    num_proxies: Callable[[int | None], int],
     *,
     released: bool = False,
 ) -> SequenceLayout:
@@ -193,7 +294,8 @@ def build_layout(
     Args:
         spans: the images of each row, as ``find_images`` gives them.
         real: (B, S) False where the row is padding.
-        num_proxies: proxies of a crop of a given side, ``ProxyVConfig.num_proxies``.
+        num_proxies: proxies of a crop of a given side (None: no grid), see
+            ``ProxyVConfig.num_proxies``.
         released: use the positions of the released weights: the newline of every crop but an
             image's first sits s*s+1 positions early.
 
@@ -203,51 +305,63 @@ def build_layout(
     Source: authors' prepare_image_information (position ids). Differs: "natural" is new; the
         authors know the released positions only.
     """
-    sides = sorted({span.grid.side for images in spans for span in images}, reverse=True)
+    sides = sorted({span.grid.side or 0 for images in spans for span in images}, reverse=True)
     rows = [_lay_out_row(images, real_row, sides, num_proxies, released)
             for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
-    full_index, full_valid, full_lengths = _pad_groups([row.full for row in rows])
-    anchor, proxy_valid, _ = _pad_groups([row.proxy_anchor for row in rows])
-    offset, _, _ = _pad_groups([row.proxy_offset for row in rows])
+    longest = max((len(crop) for row in rows for crop in row.full.get(0, [])), default=0)
+    padded = [_pad_crops([row.full[side] for row in rows], side**2 or longest) for side in sides]
+    full_index, full_valid = _join([index for index, _ in padded], [ok for _, ok in padded], rows)
+    parts = [_pad([row.proxy_anchor[side] for row in rows]) for side in sides]
+    anchor, proxy_valid = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
+    parts = [_pad([row.proxy_offset[side] for row in rows]) for side in sides]
+    offset, _ = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
     light_index, light_valid = _pad([row.light for row in rows])
     shift = torch.stack([row.shift for row in rows])
     length = real.shape[1]
+    slots = torch.arange(length)[None] + shift
 
-    natural = torch.zeros(len(rows), length, dtype=torch.long)
-    numbers = torch.arange(full_index.shape[1]) + light_index.shape[1]
-    for index, row in enumerate(rows):
-        natural[index, row.light] = torch.arange(len(row.light))
-        natural[index, full_index[index, full_valid[index]]] = numbers[full_valid[index]]
+    natural = _natural_index(light_index, light_valid, full_index, full_valid, length)
     alike = bool(full_valid.all() and light_valid.all() and (natural == natural[:1]).all())
     covered = light_index.shape[1] + full_index.shape[1] == length
     segments = _segments(natural[0], light_index.shape[1]) if alike and covered else None
     return SequenceLayout(
         groups=tuple(
-            CropGroup(side, rows_of_side // side**2, num_proxies(side))
-            for side, rows_of_side in zip(sides, full_lengths, strict=True)
+            CropGroup(side, index.shape[1] // max(1, side**2 or longest),
+                      num_proxies(side or None), 0 if side else longest)
+            for side, (index, _) in zip(sides, padded, strict=True)
         ),
         full_index=full_index,
         full_valid=full_valid,
         light_index=light_index,
         light_valid=light_valid,
         proxy_anchor=anchor,
+        anchor_slot=slots.gather(1, anchor),
         proxy_offset=offset,
         proxy_valid=proxy_valid,
-        slots=torch.arange(length)[None] + shift,
+        slots=slots,
         position_shift=shift,
         natural_index=natural,
         segments=segments,
-    ).to(real.device)
+        ragged=any(len(crop) < longest for row in rows for crop in row.full.get(0, [])),
+    ).to(real.device)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Indices of one row of the batch before padding; lists have one entry for each side."""
+    """Indices of one row of the batch before padding, by side; 0 for crops that are no grid.
 
-    full: list[Tensor]
+    Attributes:
+        full: rows of the full tokens of each crop.
+        light: rows of newline and text tokens.
+        proxy_anchor: first row of the image of each proxy.
+        proxy_offset: rank of each proxy within its image.
+        shift: (S,) what the layout adds to each position.
+    """
+
+    full: dict[int, list[Tensor]]
     light: Tensor
-    proxy_anchor: list[Tensor]
-    proxy_offset: list[Tensor]
+    proxy_anchor: dict[int, Tensor]
+    proxy_offset: dict[int, Tensor]
     shift: Tensor
 
 
@@ -255,30 +369,32 @@ def _lay_out_row(
     images: Sequence[ImageSpan],
     real: Tensor,
     sides: Sequence[int],
-    num_proxies: Callable[[int], int],
+    num_proxies: Callable[[int | None], int],
     released: bool,
 ) -> _Row:
     """Indices of one row; ``real`` is (S,)."""
     is_light = real.bool().clone()
     shift = torch.zeros(real.shape[0], dtype=torch.long)
     none = torch.zeros(0, dtype=torch.long)
-    full, anchors, offsets = ({side: [none] for side in sides} for _ in range(3))
+    full: dict[int, list[Tensor]] = {side: [] for side in sides}
+    anchors, offsets = ({side: [none] for side in sides} for _ in range(2))
     for image in images:
-        side, per_crop = image.grid.side, image.grid.side**2 + 1
-        crops = image.start + per_crop * torch.arange(image.grid.num_crops)  # (C,)
-        rows = (crops[:, None] + torch.arange(per_crop - 1)).flatten()
-        is_light[rows] = False
-        full[side].append(rows)
+        grid = image.grid
+        side, stride = grid.side or 0, grid.rows_per_crop
+        rows = image.start + torch.arange(grid.num_tokens).view(grid.num_crops, stride)
+        is_light[rows[:, :-1].flatten()] = False
+        counts = grid.crop_tokens or (stride - 1,) * grid.num_crops
+        full[side] += [crop[:count] for crop, count in zip(rows, counts, strict=True)]
         if released:
-            shift[crops[1:] + per_crop - 1] = -per_crop
-        ranks = torch.arange(image.grid.num_crops * num_proxies(side))
+            shift[rows[1:, -1]] = -stride
+        ranks = torch.arange(grid.num_crops * num_proxies(side or None))
         anchors[side].append(torch.full_like(ranks, image.start))
         offsets[side].append(ranks)
     return _Row(
-        full=[torch.cat(full[side]) for side in sides],
+        full=full,
         light=is_light.nonzero().flatten(),
-        proxy_anchor=[torch.cat(anchors[side]) for side in sides],
-        proxy_offset=[torch.cat(offsets[side]) for side in sides],
+        proxy_anchor={side: torch.cat(anchors[side]) for side in sides},
+        proxy_offset={side: torch.cat(offsets[side]) for side in sides},
         shift=shift,
     )
 
@@ -295,13 +411,27 @@ def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return index, valid
 
 
-def _pad_groups(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, list[int]]:
-    """``_pad`` for each group of crops, one group behind the other; also the groups' lengths."""
+def _pad_crops(rows: Sequence[Sequence[Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
+    """Stack the crops of each row, padded to ``tokens`` each and to the most crops."""
+    most = max(len(crops) for crops in rows)
+    if all(len(crop) == tokens for crops in rows for crop in crops):
+        empty = torch.zeros(0, dtype=torch.long)
+        return _pad([torch.cat(list(crops)) if crops else empty for crops in rows])
+    index = torch.zeros(len(rows), most, tokens, dtype=torch.long)
+    valid = torch.zeros_like(index, dtype=torch.bool)
+    for row, crops in enumerate(rows):
+        for place, crop in enumerate(crops):
+            index[row, place, : len(crop)] = crop
+            valid[row, place, : len(crop)] = True
+    return index.flatten(1), valid.flatten(1)
+
+
+def _join(
+    indices: Sequence[Tensor], valid: Sequence[Tensor], rows: Sequence[_Row]
+) -> tuple[Tensor, Tensor]:
+    """The groups of crops one behind the other; (B, 0) if there are none."""
     none = torch.zeros(len(rows), 0, dtype=torch.long)
-    parts = [_pad(group) for group in zip(*rows, strict=True)]
-    index = torch.cat([none, *(index for index, _ in parts)], dim=1)
-    valid = torch.cat([none.bool(), *(valid for _, valid in parts)], dim=1)
-    return index, valid, [index.shape[1] for index, _ in parts]
+    return torch.cat([none, *indices], dim=1), torch.cat([none.bool(), *valid], dim=1)
 
 
 def _segments(natural: Tensor, num_light: int) -> tuple[tuple[bool, int, int], ...]:
