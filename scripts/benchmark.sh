@@ -1,38 +1,101 @@
 #!/usr/bin/env bash
-# Time and memory of ProxyV against stock LlamaModel with sdpa, interleaved in one process each.
+# Time and memory of ProxyV against the stock model with the same attention, interleaved.
 #
-#   bash scripts/benchmark.sh                 about 40 minutes on two CPU cores
-#   OUTPUT=/tmp/bench REPEATS=9 bash scripts/benchmark.sh
-#   SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 bash scripts/benchmark.sh
+#   bash scripts/benchmark.sh                 quick, large and rest: about 25 minutes on two CPU cores
+#   bash scripts/benchmark.sh quick           prefill, training, decode, memory: about 8 minutes
+#   bash scripts/benchmark.sh large           a prefill of 40 crops: about 9 minutes
+#   bash scripts/benchmark.sh rest            flops, answer, breakdown, scaling: about 10 minutes
+#   bash scripts/benchmark.sh gpu             Vicuna-7B, Llama3-8B, Qwen2-7B shapes, random bf16 weights
+#   AGAIN=1 bash scripts/benchmark.sh prefill measured again; otherwise a part that is done is left
+#   OUTPUT=/tmp/b SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 bash scripts/benchmark.sh
 #
-# What it should show on two CPU cores, as ratios to the stock model (in brackets those of the FLOPs):
-#   prefill with cache   from layer 8 at most 0.64 (0.61), from layer 6 at most 0.53 (0.52)
-#   forward + backward   from layer 8 at most 0.66
-#   decoding step        at most 1.02
-#   peak above weights   prefill at most 1.0, training without checkpointing at most 0.75
-#   40 crops             prefill from layer 8 at most 0.60, from layer 6 at most 0.48, in 12 GB
-# Environment: SHAPE, STARTS, CROPS, TEXT, LARGE (crops of the long prefill), REPEATS, LARGE_REPEATS,
-#   THREADS, DTYPE, DEVICE, ATTN, OUTPUT (tables as JSON and PNG; default runs/benchmark).
+# Parts may be named one by one. The last table says what was measured beside what it should be
+# (proxyv/profiling/limits.py has the numbers) and never fails; a part that fails does.
+# Environment: OUTPUT (default docs/results), SHAPE, STARTS, CROPS, TEXT, LARGE (crops), REPEATS,
+#   LARGE_REPEATS, THREADS (default 2), DTYPE, DEVICE, ATTN; for gpu PRESETS, BATCHES, ATTENTIONS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 ensure_env profiling
 
 export OMP_NUM_THREADS=${THREADS:-${OMP_NUM_THREADS:-2}}
-shape=${SHAPE:-layers=16,width=1024,heads=16,ffn=2752,side=24}
-output=${OUTPUT:-runs/benchmark}
-common=(--shape "$shape" --start-layers "${STARTS:-8,6}" --attn "${ATTN:-sdpa}"
-    --dtype "${DTYPE:-float32}" --device "${DEVICE:-cpu}")
+export COLUMNS=${COLUMNS:-140}
+output=${OUTPUT:-docs/results}
 rows=(--crops "${CROPS:-5}" --text "${TEXT:-50}")
+failed=()
 
-profile() {
-    say "$1"
-    python -m proxyv.profiling "$@" "${common[@]}"
+# measure NAME COMMAND OPTION...: one report, unless it is there.
+measure() {
+    local name=$1
+    shift
+    if [ -e "$output/$name.json" ] && [ -z "${AGAIN:-}" ]; then
+        say "$name: already in $output (AGAIN=1 measures it again)"
+        return
+    fi
+    say "$name"
+    rm -f "$output/$name.json"
+    python -m proxyv.profiling "$@" --output "$output" --name "$name" || failed+=("$name")
 }
 
-profile latency "${rows[@]}" --repeats "${REPEATS:-7}" --output "$output"
-profile memory "${rows[@]}" --output "$output"
-profile breakdown "${rows[@]}" --repeats "${LARGE_REPEATS:-3}" --output "$output"
-profile scaling --crops "${LARGE:-40}" --text-lengths "${TEXT:-50}" \
-    --repeats "${LARGE_REPEATS:-3}" --output "$output/large"
-say "written to $output"
+cpu() {
+    local name=cpu-$1
+    shift
+    measure "$name" "$@" --device "${DEVICE:-cpu}" --dtype "${DTYPE:-float32}" --attn "${ATTN:-sdpa}" \
+        --shape "${SHAPE:-layers=16,width=1024,heads=16,ffn=2752,side=24}" --start-layers "${STARTS:-8,6}"
+}
+
+# gpu NAME COMMAND OPTION...: of one preset, or of SHAPE in its place.
+gpu() {
+    local preset=$1 name=gpu-$1-$2
+    shift 2
+    local model=(--preset "$preset")
+    [ -z "${SHAPE:-}" ] || model=(--shape "$SHAPE")
+    [ -z "${STARTS:-}" ] || model+=(--start-layers "$STARTS")
+    measure "$name" "$@" "${model[@]}" --device "${DEVICE:-cuda}" --dtype "${DTYPE:-bfloat16}"
+}
+
+gpu_tables() {
+    local preset attention batch
+    local runs=(--operations prefill,decode --repeats "${REPEATS:-10}" --warmup 3)
+    for preset in ${PRESETS:-vicuna-7b llama3-8b qwen2-7b}; do
+        for attention in ${ATTENTIONS:-sdpa eager flash_attention_2 flex_attention}; do
+            if [ "$attention" = flash_attention_2 ] && ! python -c 'import flash_attn' 2>/dev/null; then
+                say "gpu-$preset-$attention: flash-attn is not installed (extra 'flash')"
+                continue
+            fi
+            for batch in ${BATCHES:-1 8}; do
+                gpu "$preset" "$attention-b$batch" latency "${rows[@]}" "${runs[@]}" \
+                    --attn "$attention" --batch "$batch"
+            done
+        done
+        gpu "$preset" sdpa-compiled-b1 latency "${rows[@]}" "${runs[@]}" --compile
+        gpu "$preset" memory-b1 memory "${rows[@]}" --operations prefill
+    done
+    gpu vicuna-7b scaling scaling --crops "1,2,5,10,20,${LARGE:-40}" --text-lengths "${TEXT:-50}" \
+        --repeats "${LARGE_REPEATS:-5}"
+}
+
+part() {
+    case $1 in
+    quick) for name in prefill training decode memory; do part $name; done ;;
+    rest) for name in flops answer breakdown scaling; do part $name; done ;;
+    prefill) cpu prefill latency "${rows[@]}" --operations prefill --repeats "${REPEATS:-7}" ;;
+    decode) cpu decode latency "${rows[@]}" --operations decode --repeats "${REPEATS:-7}" ;;
+    training) cpu training latency "${rows[@]}" --operations training --repeats "${LARGE_REPEATS:-3}" ;;
+    memory) cpu memory memory "${rows[@]}" ;;
+    answer) cpu answer latency "${rows[@]}" --operations answer --repeats "${LARGE_REPEATS:-3}" ;;
+    breakdown) cpu breakdown breakdown "${rows[@]}" --repeats "${LARGE_REPEATS:-3}" ;;
+    scaling) cpu scaling scaling --crops 1,2,5,10,20 --text-lengths "${TEXT:-50}" --repeats "${LARGE_REPEATS:-2}" ;;
+    large) cpu large scaling --crops "${LARGE:-40}" --text-lengths "${TEXT:-50}" --warmup 0 --no-memory \
+        --repeats "${LARGE_REPEATS:-2}" ;;
+    flops) measure flops flops "${rows[@]}" ;;
+    gpu) gpu_tables ;;
+    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown or scaling" ;;
+    esac
+}
+
+if [ $# -eq 0 ]; then set -- quick large rest; fi
+for chosen in "$@"; do part "$chosen"; done
+say "tables in $output; against what they should be:"
+python -m proxyv.profiling limits "$output" --output "$output"
+[ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"

@@ -84,6 +84,7 @@ def test_interleaving_and_spread():
     timing = Timing((5.0, 1.0, 2.0, 3.0, 4.0))
     assert (timing.median, timing.spread) == (3.0, 2.0)
     assert Timing((1.0, 4.0)).spread == 3.0
+    assert timing.over(Timing((10.0, 1.0, 1.0, 6.0, 8.0))) == 0.5
 
 
 def test_breakdown_leaves_no_trace(arms):
@@ -121,6 +122,45 @@ def test_every_command_writes_table_json_and_plot(command, rows, tmp_path, capsy
         assert found[part] == saved[part]
     assert len(found["rows"]) == rows
     assert (tmp_path / f"{command}.png").read_bytes()[:4] == b"\x89PNG"
+    table = (tmp_path / f"{command}.md").read_text()
+    assert table.count("\n| ") == rows + 2 and found["versions"]["torch"] in table
+
+
+def written(folder, name, rows, **more):
+    report = {"name": name, "plot": {}, "settings": {"device": "cpu"}, "rows": rows, **more}
+    (folder / f"{name}.json").write_text(json.dumps(report))
+
+
+def timed(arm, ratio, flops, operation="prefill"):
+    saved = {"time saved %": 100 * (1 - ratio), "FLOPs saved %": 100 * (1 - flops)}
+    return {"operation": operation, "arm": arm, "time ratio": ratio, **saved}
+
+
+def test_limits_beside_what_was_measured(tmp_path, capsys):
+    """What holds, what does not, what a report lacks, and reports that are not there."""
+    rows = [timed("baseline", 1.0, 1.0), timed("ProxyV-L8", 0.64, 0.615)]
+    written(tmp_path, "cpu-prefill", rows)
+    written(tmp_path, "cpu-decode", [timed("ProxyV-L8", 1.03, 1.0, "decode step")])
+    written(tmp_path, "cpu-large", [timed("ProxyV-L6", 0.48, 0.43)], process_peak_mib=12000.0)
+    written(tmp_path, "cpu-memory", [{"arm": "ProxyV-L8", "training ratio": 0.74}])
+    assert main(["limits", str(tmp_path), "--output", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    verdicts = {
+        (line["report"], line["arm"], line["column"]): line["verdict"] for line in found["rows"]
+    }
+    more = "time saved - FLOPs saved"
+    assert verdicts[("cpu-prefill", "ProxyV-L8", "time ratio")] == "holds"
+    assert verdicts[("cpu-prefill", "ProxyV-L6", "time ratio")] == "not measured"
+    assert verdicts[("cpu-prefill", "ProxyV-L8", more)] == "holds"
+    assert verdicts[("cpu-decode", "ProxyV-L8", "time ratio")] == "DOES NOT HOLD"
+    assert ("cpu-decode", "ProxyV-L8", more) not in verdicts  # no FLOPs to save
+    assert verdicts[("cpu-large", "ProxyV-L6", "time ratio")] == "holds"
+    assert verdicts[("cpu-large", "ProxyV-L6", more)] == "DOES NOT HOLD"
+    assert verdicts[("cpu-large", "process", "process_peak_mib")] == "DOES NOT HOLD"
+    assert verdicts[("cpu-memory", "ProxyV-L8", "training ratio")] == "holds"
+    assert "cpu-training" in found["notes"] and "cpu-prefill" not in found["notes"]
+    assert "DOES NOT HOLD" in (tmp_path / "limits.md").read_text()
+    assert main(["limits", str(tmp_path)]) == 0  # its own file is no measurement
 
 
 def test_the_table_is_readable(capsys):
@@ -140,6 +180,8 @@ def test_the_table_is_readable(capsys):
         (["flops", "--shape", SHAPE, "--start-layers", "a"], "--start-layers 'a'"),
         (["memory", "--shape", SHAPE, "--batch", "0"], "--batch must be at least 1"),
         (["latency", "--preset", "tiny,smol"], "one preset at a time"),
+        (["latency", "--shape", SHAPE, "--operations", "prefil"], "did you mean 'prefill'"),
+        (["limits", "/dev"], "run bash scripts/benchmark.sh first"),
     ],
 )
 def test_mistakes_are_one_line(given, message, capsys):

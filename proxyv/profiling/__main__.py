@@ -107,7 +107,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "latency":
         add("--tokens", type=int, default=16, help="of the whole answer (default: 16)")
     if command == "scaling":
-        add("--no-memory", action="store_true", help="time only, one run less of each")
+        add("--no-memory", action="store_true", help="leave the peak memory out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -166,7 +166,7 @@ def scaling_report(
         texts: numbers of text tokens.
         batch: rows.
         rounds: how often.
-        memory: measure the peak too, in one more run of each.
+        memory: measure the peak too, in what is then the first round of warming up.
     """
     rows: list[dict[str, Any]] = []
     for arm in arms:
@@ -176,14 +176,16 @@ def scaling_report(
             row = RowTokens(crops=count, text=text)
             inputs, device, causal = _setting(arms, row, batch)
             works = {arm.name: partial(arm.prefill, inputs) for arm in arms}
-            timings = time_interleaved(works, device, *rounds)
+            peaks = {n: peak_memory(work, device) for n, work in works.items()} if memory else {}
+            warmup = rounds.warmup - 1 if peaks and rounds.warmup else rounds.warmup
+            timings = time_interleaved(works, device, rounds.repeats, warmup)
             flops = {arm.name: decoder_flops(arm.config, row, causal, True) for arm in arms}
             size = inputs.rows.element_size()
             for arm, line in zip(arms, _timed_rows("prefill", timings, flops), strict=True):
                 cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
                 line["KV cache MiB"] = cached / _MIB
-                if memory:
-                    line["peak MiB"] = peak_memory(works[arm.name], device) / _MIB
+                if peaks:
+                    line["peak MiB"] = peaks[arm.name] / _MIB
                 rows.append({"crops": count, "text": text, **line})
     series = {
         f"{arm.name}, {text} text tokens": [

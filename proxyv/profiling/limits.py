@@ -79,7 +79,8 @@ def limits_report(folder: Path) -> Report:
     rows = [_line(limit, reports) for limit in LIMITS if limit.report in reports]
     rows += [line for name, found in reports.items() for line in _saved_lines(name, found)]
     missing = sorted(named - set(reports))
-    ratios = [line for line in rows if line["column"].endswith("ratio")]
+    measured = [line for line in rows if line["measured"] is not None]
+    ratios = [line for line in measured if line["column"].endswith("ratio")]
     return Report(
         name="limits",
         title="Measured, against what it should be",
@@ -99,14 +100,10 @@ def _line(limit: Limit, reports: dict[str, Any]) -> dict[str, Any]:
     """One limit; a report that lacks its row (other start layers, say) says so."""
     found = reports[limit.report]
     rows = [found] if limit.arm is None else found["rows"]
-    measured = [
-        row[limit.column]
-        for row in rows
-        if limit.arm is None
-        or (row["arm"] == limit.arm and row.get("operation") == limit.operation)
-        if limit.column in row
-    ]
-    value = measured[0] if measured else None
+    if limit.arm is not None:
+        asked = (limit.arm, limit.operation)
+        rows = [row for row in rows if (row["arm"], row.get("operation")) == asked]
+    value = next((row[limit.column] for row in rows if limit.column in row), None)
     return {
         "report": limit.report,
         "operation": limit.operation or "",
