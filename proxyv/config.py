@@ -6,12 +6,14 @@ stays the stock configuration of the language model's family.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
 
+from proxyv.cli import nearest
 from proxyv.reduction import Reduction, build_reduction, check_combination
 
 __all__ = [
@@ -85,6 +87,9 @@ class ProxyVConfig(LlavaNextConfig):
     reduction: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:  # transformers keeps what it does not know, and builds a baseline
+            if difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85):
+                raise ValueError(nearest("option", name, OPTIONS))
         super().__post_init__(**kwargs)
         self.check_options()
 

@@ -52,6 +52,13 @@ def test_bad_options_are_named_with_what_is_allowed(options: dict, words: list[s
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["start_layers", "start_leyer", "side_reductions", "proxykind"])
+def test_a_misspelt_option_is_no_baseline(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option '{name}': did you mean '"):
+        tiny_config(**{name: 1})
+    assert tiny_config(somebody_elses_key=1).somebody_elses_key == 1
+
+
 def test_a_reduction_that_does_not_divide_is_fine_without_proxies() -> None:
     assert tiny_config(start_layer=None, side_reduction=3).start_layer is None
 

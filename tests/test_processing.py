@@ -199,6 +199,8 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path) -> None:
         ({"text": "a", "images": []}, ["images is an empty list"]),
         ({}, ["give text, images or both"]),
         ({"images": picture(5, 5), "image_aspect_ratio": "crop"}, ["'crop'", "pad, anyres"]),
+        ({"images": "<image>", "text": picture(5, 5)}, ["text is a Image", "images=..., text=..."]),
+        ({"text": [["nested"]]}, ["text is a list", "list of strings"]),
         ({"text": "a", "videos": [[1]]}, ["0 <video>", "1 videos were given"]),
         ({"text": "<video>", "videos": 3}, ["a video is a int", "list of frames"]),
         ({"text": "a", "audio": [1]}, ["audio was given"]),

@@ -313,7 +313,7 @@ class ProxyVProcessor(LlavaNextProcessor):
         for name in ("videos_kwargs", "audio_kwargs"):
             options.pop(name, None)
         return_tensors = options.pop("return_tensors", None)
-        texts = [] if text is None else [text] if isinstance(text, str) else list(text)
+        texts = _texts(text)
         pixels: dict[str, Any] = {}
         if videos is not None:
             pixels = self.media_inputs(texts, images, videos, ratio)
@@ -379,6 +379,17 @@ class ProxyVProcessor(LlavaNextProcessor):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image, from what ``image_inputs`` gave."""
         return self.image_token * self.token_counts(image_inputs)[image_idx]
+
+
+def _texts(text: Any) -> list[str]:
+    """One text or several, as a list."""
+    texts = [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else None
+    if text is not None and (texts is None or not all(isinstance(t, str) for t in texts)):
+        raise ValueError(
+            f"text is a {type(text).__name__}: give a string or a list of strings; images come "
+            "first, so name the arguments, as in processor(images=..., text=...)"
+        )
+    return list(texts or [])
 
 
 def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
