@@ -34,9 +34,9 @@ def oracle_logits(model, ids, images, weights=None, isolate_images=False):
     return oracle(ids.tolist(), features)[0]
 
 
-def assert_rows_match(logits, expected) -> None:
+def assert_rows_match(logits, expected, limit=CLOSE) -> None:
     known = ~expected.isnan().any(-1)
-    torch.testing.assert_close(logits[known], expected[known], **CLOSE)
+    torch.testing.assert_close(logits[known], expected[known], **limit)
 
 
 rows = st.lists(
@@ -73,7 +73,8 @@ def drawn_model(chosen):
         **({"downsample": kind} if isinstance(kind, str) else learned),
         **{name: chosen[name] for name in ("layout", "guided_ratio", "attention", "seed")},
     )
-    model.double()  # so that only mistakes are left to see, and rotary tables, which are float32
+    if chosen["attention"] == "sdpa":  # eager's softmax is float32, whatever goes into it
+        model.double()  # so that only mistakes are left to see, and rotary tables, also float32
     return model.fuse() if chosen["fused"] else model
 
 
@@ -82,9 +83,10 @@ def check_batch_against_oracle(batch, side, chosen) -> None:
     model = drawn_model(chosen)
     generator = torch.Generator().manual_seed(chosen["seed"])
     samples = [sample(parts, model.config, generator) for parts in batch]
-    samples = [(ids, [image.double() for image in images]) for ids, images in samples]
-    inputs = {n: x.double() if x.is_floating_point() else x
+    samples = [(ids, [image.to(model.dtype) for image in images]) for ids, images in samples]
+    inputs = {n: x.to(model.dtype) if x.is_floating_point() else x
               for n, x in collate(samples, side).items()}  # fmt: skip
+    limit = {**CLOSE, "atol": 1e-4} if model.dtype == torch.float32 else CLOSE
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
         cached = model(**inputs, use_cache=True).logits
@@ -92,8 +94,8 @@ def check_batch_against_oracle(batch, side, chosen) -> None:
         real = inputs["attention_mask"][row].bool()
         with torch.no_grad():
             expected = oracle_logits(model, ids, images)
-        assert_rows_match(logits[row][real], expected)
-        assert_rows_match(cached[row][real], expected)
+        assert_rows_match(logits[row][real], expected, limit)
+        assert_rows_match(cached[row][real], expected, limit)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
