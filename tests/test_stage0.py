@@ -216,8 +216,8 @@ def test_tower_and_language_model_take_a_step(tmp_path: Path) -> None:
     del small["batch"]
     phases = tuple(replace(phase, steps=1, batch=2) for phase in CURRICULUM)
     reader = GridReader(LanguageSettings(tmp_path / "l", tmp_path / "lo", phases=phases, **small))
-    assert [reader._phase(step) for step in range(5)] == [0, 1, 2, 2, 2]
-    for step in range(3):  # strips, small charts, pages
+    assert [reader._phase(step) for step in range(6)] == [0, 1, 2, 3, 3, 3]
+    for step in range(4):  # strips, word grids, small charts, pages
         loss, _ = reader.loss(step)
         loss.backward()
         assert torch.isfinite(loss)

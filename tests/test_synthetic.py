@@ -25,13 +25,14 @@ from proxyv.synthetic.world import (
 )
 
 DOCUMENTS, CHARTS = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
+GRIDS = Mix(documents=0, charts=0, grids=1)
 
 
 def many(split: str, mix: Mix, count: int, stream: int = 0):
     return [draw_page((5, stream, i), split, mix) for i in range(count)]
 
 
-@pytest.mark.parametrize("mix", [DOCUMENTS, CHARTS, Mix(text=1, documents=0, charts=0)])
+@pytest.mark.parametrize("mix", [DOCUMENTS, CHARTS, GRIDS, Mix(text=1, documents=0, charts=0)])
 def test_same_seed_same_page(mix: Mix) -> None:
     first, again, other = (draw_page(seed, "train", mix) for seed in [(1, 2), (1, 2), (1, 3)])
     assert first.image.tobytes() == again.image.tobytes()
@@ -41,6 +42,32 @@ def test_same_seed_same_page(mix: Mix) -> None:
         again.glyphs,
     )
     assert first.image.tobytes() != other.image.tobytes()
+
+
+def test_neighbours_of_words_are_where_they_stand() -> None:
+    """The answer is the nearest word in the direction asked for, by the places of its letters."""
+    asked = set()
+    for page in many("train", GRIDS, 30):
+        words = [word for line in page.caption.splitlines() for word in line.split(" ")]
+        places, start = {}, 0
+        for word in words:
+            letters = page.glyphs[start : start + len(word)]
+            assert "".join(glyph.char for glyph in letters) == word
+            places[word] = np.mean([(glyph.x, glyph.y) for glyph in letters], axis=0)
+            start += len(word)
+        for question in page.questions:
+            _, _, where, *_, word = question.text.rstrip("?").split(" ")
+            away = {other: places[other] - places[word] for other in words if other != word}
+            if where in ("above", "below"):
+                sign = -1 if where == "above" else 1
+                there = {w: d for w, d in away.items() if abs(d[0]) < 12 and sign * d[1] > 6}
+            else:
+                sign = -1 if where == "left" else 1
+                there = {w: d for w, d in away.items() if abs(d[1]) < 6 and sign * d[0] > 12}
+            nearest = min(there, key=lambda w: float(np.abs(there[w]).sum()))
+            assert question.answers == (nearest,), question
+            asked.add(where)
+    assert asked == {"above", "below", "left", "right"}
 
 
 def test_splits_share_no_typeface_layout_or_page() -> None:

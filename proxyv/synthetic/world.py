@@ -36,12 +36,16 @@ from proxyv.synthetic.tables import (
     write_docvqa_test,
     write_infovqa,
 )
+from proxyv.synthetic.word_grid import make_word_grid
 
 __all__ = ["CHART_PROMPT", "DOCUMENT_PROMPT", "READ_PROMPT", "Mix", "draw_page", "write_world"]
 
 DOCUMENT_PROMPT = "\nAnswer the question using a single word or phrase."
 CHART_PROMPT = "\nAnswer the question with a single word."
 READ_PROMPT = "Read the page."
+
+KINDS = ("text", "documents", "charts", "small_charts", "grids")
+WRITTEN = {"text": make_text_page, "documents": make_document, "grids": make_word_grid}
 
 _TRAIN_STREAM, _TEST_STREAM, _FURTHER_STREAM, _SCENE_STREAM = 0, 1, 2, 3
 
@@ -54,6 +58,7 @@ class Mix:
     documents: float = 0.5
     charts: float = 0.5
     small_charts: float = 0.0
+    grids: float = 0.0
     chart_questions: tuple[int, int] = (3, 6)
 
 
@@ -62,12 +67,12 @@ def draw_page(
 ) -> Page:
     """The page of a seed, worn as by a scanner; the same seed always gives the same page."""
     rng = np.random.default_rng(seed)
-    shares = np.array([mix.text, mix.documents, mix.charts, mix.small_charts])
-    kind = int(rng.choice(len(shares), p=shares / shares.sum()))
-    if kind < 2:
-        page = (make_text_page, make_document)[kind](rng, split, size_hw)
+    shares = np.array([mix.text, mix.documents, mix.charts, mix.small_charts, mix.grids])
+    kind = KINDS[int(rng.choice(len(KINDS), p=shares / shares.sum()))]
+    if kind in WRITTEN:
+        page = WRITTEN[kind](rng, split, size_hw)
     else:
-        page = make_chart(rng, split, size_hw, mix.chart_questions, small=kind == 3)
+        page = make_chart(rng, split, size_hw, mix.chart_questions, small=kind == "small_charts")
     return degrade(page, rng)
 
 

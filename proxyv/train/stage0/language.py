@@ -75,11 +75,13 @@ class Phase:
 
 
 # Finding and copying come within minutes on pages of a few lines, and going from a name to what
-# stands above it on charts of a few bars; on full pages alone either takes hours (docs/log.md).
+# stands above it on words in rows and columns; on full pages alone either takes hours
+# (docs/log.md).
 CURRICULUM = (
     Phase(700, STRIP_HW, 24, Mix(text=0.25, documents=0.75, charts=0.0)),
-    Phase(1500, PAGE_HW, 12, Mix(0.03, 0.17, 0.2, 0.6, chart_questions=(6, 10))),
-    Phase(0, PAGE_HW, 12, Mix(0.04, 0.3, 0.56, 0.1, chart_questions=(6, 10))),
+    Phase(600, PAGE_HW, 16, Mix(0.0, 0.05, 0.0, 0.35, 0.6, chart_questions=(6, 10))),
+    Phase(900, PAGE_HW, 12, Mix(0.02, 0.14, 0.2, 0.5, 0.14, chart_questions=(6, 10))),
+    Phase(0, PAGE_HW, 12, Mix(0.03, 0.27, 0.54, 0.1, 0.06, chart_questions=(6, 10))),
 )
 
 
@@ -125,6 +127,7 @@ class GridReader(Trainee):
                 "documents": Mix(0, 1, 0),
                 "charts": Mix(0, 0, 1),
                 "small_charts": Mix(0, 0, 0, 1),
+                "grids": Mix(0, 0, 0, 0, 1),
             }.items()
         }
 

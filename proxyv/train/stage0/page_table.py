@@ -42,7 +42,7 @@ class PageTable(nn.Module):
         self.row_places = nn.Embedding(self.rows, width)
         self.column_places = nn.Embedding(self.columns, width)
         for places in (self.row_places, self.column_places):
-            nn.init.normal_(places.weight, std=0.04)
+            nn.init.normal_(places.weight, std=0.12)  # with less, columns are hard to learn
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
 
     @classmethod
