@@ -99,6 +99,37 @@ def test_no_tracker_writes_nothing(world, tmp_path):
     assert json.loads((folder / run.FINISHED).read_text())["steps"] == 3
 
 
+def test_wandb_keeps_its_files_in_the_run(world, tmp_path, monkeypatch):
+    """Offline: no login, no network, nothing outside the run's folder."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    folder = train(world, tmp_path / "run", **{"run.tracker": "wandb", "run.project": "trial"})
+    assert wandb.run.settings.mode == "offline" and wandb.run.project == "trial"
+    logged = dict(wandb.run.summary)
+    wandb.finish()
+    last = metrics(folder)[-1]
+    for key in ("loss", "grad_norm_proxyv", "tokens_per_second", "supervised_share"):
+        assert logged[f"train/{key}"] == pytest.approx(last[key])
+    [kept] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert kept.stat().st_size > 1000
+
+
+def test_tensorboard_keeps_its_files_in_the_run(world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    folder = train(world, tmp_path / "run", **{"run.tracker": "tensorboard"})
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for key in ("loss", "grad_norm_proxyv", "tokens_per_second", "supervised_share"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{key}")]
+        expected = [(entry["step"], entry[key]) for entry in metrics(folder)]
+        assert found == [(step, pytest.approx(value, rel=1e-5)) for step, value in expected]
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.1, 100.0])
 def test_group_norms_are_those_before_clipping(limit):
     one, two = (

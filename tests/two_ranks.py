@@ -11,18 +11,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from small_training import overrides
 from test_resume import At
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from proxyv.train import run
+from proxyv.train.build import build
 from proxyv.train.config_files import load_settings
 from proxyv.train.launch import prepare_rank
-from proxyv.train.settings import Settings
+from proxyv.train.settings import DeepSpeedSettings, Settings
 from proxyv.train.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,12 +69,50 @@ def stop_and_go_on(settings: Settings) -> None:
     train(settings)
 
 
+def build_in_shares(settings: Settings) -> None:
+    """Each rank holds its share of every parameter; together they are those of one process."""
+    import deepspeed
+
+    set_seed(settings.run.seed)
+    whole = build(replace(settings, deepspeed=DeepSpeedSettings(config=None))).model
+    drawn = torch.rand(3)
+    set_seed(settings.run.seed)
+    shared = build(settings).model
+    assert torch.equal(torch.rand(3), drawn), "another rank draws something else from here on"
+    parameters, expected = dict(shared.named_parameters()), dict(whole.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, parameter in parameters.items():
+        assert (
+            parameter.numel() == 0 and parameter.ds_tensor.numel() <= expected[name].numel() / 2 + 1
+        )
+        assert parameter.requires_grad == expected[name].requires_grad, name
+        with deepspeed.zero.GatheredParameters(parameter):
+            assert torch.equal(parameter, expected[name]), name
+    buffers, expected = dict(shared.named_buffers()), dict(whole.named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in buffers.items())
+
+
+def refuse_in_shares(settings: Settings) -> None:
+    """What the first rank finds wrong, every rank says."""
+    try:
+        build(settings)
+    except ValueError as error:
+        assert "start_layer" in str(error), error
+    else:
+        raise AssertionError("another start layer was taken")
+
+
 def main(world: Path, everything: bool) -> None:
     os.chdir(ROOT)
     first = settings_for(world, "pretrain", "pretrain", "zero2")
     prepare_rank(first)
     train(first)
     start = {"model.init_from": world / "pretrain"}
+    build_in_shares(settings_for(world, "unused", "pretrain", "zero3"))
+    build_in_shares(settings_for(world, "unused", "finetune", "zero3", **start))
+    other = {**start, "model.start_layer": 2}
+    refuse_in_shares(settings_for(world, "unused", "finetune", "zero3", **other))
     train(settings_for(world, "finetune", "finetune", "zero2", **start))
     stop_and_go_on(settings_for(world, "stopped-zero2", "finetune", "zero2", **start))
     stop_and_go_on(settings_for(world, "stopped-zero3", "finetune", "zero3", **start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 from proxyv.train.adapters import add_adapters, quantize
 from proxyv.train.settings import ModelSettings, Settings
+from proxyv.train.sharding import build_in_shares, in_shares
 from proxyv.train.stages import apply_stage
 
 __all__ = [
@@ -124,9 +126,13 @@ def build(settings: Settings) -> Built:
     """
     folder = starting_folder(settings)
     if folder is None:
-        model, processor = _from_backbones(settings)
+        _check_backbones(settings.model)
+        tokenizer = _tokenizer(settings.model)
+        model = _whole_or_shared(lambda: _from_backbones(settings, tokenizer), settings)
+        processor = _processor(settings, tokenizer, model.config)
     else:
-        model, processor = _from_run(settings, folder)
+        model = _whole_or_shared(lambda: _from_run(settings, folder), settings)
+        processor = ProxyVProcessor.from_pretrained(folder)
     processor.image_aspect_ratio = settings.data.image_aspect_ratio
     processor.image_processor.image_grid_pinpoints = settings.data.image_grid_pinpoints
     model.config.image_grid_pinpoints = settings.data.image_grid_pinpoints
@@ -143,6 +149,10 @@ def build(settings: Settings) -> Built:
     if originals:
         _narrow_frozen(model, DTYPES[settings.model.dtype])
     return Built(model, processor, renderer, originals)
+
+
+def _whole_or_shared(make: Callable[[], Any], settings: Settings) -> Any:
+    return build_in_shares(make, settings) if in_shares(settings) else make()
 
 
 def _narrow_frozen(model: Any, dtype: torch.dtype) -> None:
@@ -167,17 +177,21 @@ def _options(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
-    """Join the backbones.
-
-    ``<image>`` gets the next free id where the vocabulary lacks it; the embedding gets no row for
-    it, because rows of images are always replaced.
-    """
-    _check_backbones(settings.model)
-    language, options = _language_files(settings.model.language)
+def _tokenizer(model: ModelSettings) -> Any:
+    """The language model's tokenizer; ``<image>`` gets the next free id where it is unknown."""
+    language, options = _language_files(model.language)
     tokenizer = AutoTokenizer.from_pretrained(language, **options)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+    return tokenizer
+
+
+def _from_backbones(settings: Settings, tokenizer: Any) -> Any:
+    """Join the backbones.
+
+    The embedding gets no row for ``<image>``, because rows of images are always replaced.
+    """
+    language, options = _language_files(settings.model.language)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
     model: Any = ProxyVForConditionalGeneration.from_backbones(
         settings.model.vision,
@@ -188,7 +202,7 @@ def _from_backbones(settings: Settings) -> tuple[Any, ProxyVProcessor]:
     )
     if options:  # a GGUF was dequantised on loading; its note would say that 4-bit weights follow
         del model.config.text_config.quantization_config
-    return model, _processor(settings, tokenizer, model.config)
+    return model
 
 
 def _language_files(name: str) -> tuple[str, dict[str, str]]:
@@ -257,7 +271,7 @@ def _pixel_statistics(vision: str) -> tuple[Any, Any]:
     return found.get("image_mean", OPENAI_CLIP_MEAN), found.get("image_std", OPENAI_CLIP_STD)
 
 
-def _from_run(settings: Settings, folder: Path) -> tuple[Any, ProxyVProcessor]:
+def _from_run(settings: Settings, folder: Path) -> Any:
     """Load a finished run, strictly."""
     config = ProxyVConfig.from_pretrained(folder)
     for key, wanted in _options(settings.model).items():
@@ -280,7 +294,7 @@ def _from_run(settings: Settings, folder: Path) -> tuple[Any, ProxyVProcessor]:
             f"{key.replace('_', ' ')}: {value}" for key, value in faults.items() if value
         )
         raise ValueError(f"weights in {folder} do not fit its configuration: {named}")
-    return model, ProxyVProcessor.from_pretrained(folder)
+    return model
 
 
 def build_on_meta(settings: Settings) -> Any:
