@@ -7,11 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,14 @@ from rich.console import Console
 
 from proxyv.cli import run_command
 from proxyv.eval.answerer import Answerer, check_model_name
-from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages, select
+from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, select
 from proxyv.eval.controls import CONTROLS, check_control
-from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
-from proxyv.eval.records import write_json
 from proxyv.eval.report import main as report_main
 from proxyv.eval.rescore import main as rescore_main
-from proxyv.eval.runner import RunOptions, evaluate, open_output
+from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import load_rows
 from proxyv.eval.tables import results_table
+from proxyv.eval.tasks import score_tasks
 from proxyv.eval.team import Team, join_team
 
 __all__ = ["main"]
@@ -81,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
     check_model_name(args.model)
     team = join_team(cpu=(args.device or "").startswith("cpu") or not torch.cuda.is_available())
-    tables = [load_rows(benchmark, args.data) for benchmark in benchmarks]
+    tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
     answerer = Answerer.load(
         args.model,
         dtype=args.dtype,
@@ -89,30 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device or _own_gpu(team),
         template=args.template,
     )
-    options = dataclasses.replace(options, batch_tokens=answerer.batch_tokens)
-    settings = _settings(args.model, answerer, options)
     output = args.output or _default_output(args.model, args.control)
     console = Console(
         stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not team.is_first
     )
-    if team.is_first:
-        open_output(output, settings, overwrite=args.overwrite)
-    team.wait()
-    started = time.monotonic()
-    place = str(args.data.resolve()) if args.data else None
-    tasks = {
-        benchmark.name: {
-            **evaluate(benchmark, rows, answerer, options, output, console.print, team),
-            "data_folder": place,
-        }
-        for benchmark, rows in zip(benchmarks, tables, strict=True)
-    }
-    results = _results(args.model, settings, answerer, _earlier_tasks(output) | tasks)
-    results["seconds"] = round(time.monotonic() - started, 1)
-    results["hardware"]["processes"] = team.size
+    results = score_tasks(
+        args.model,
+        answerer,
+        tables,
+        options,
+        output,
+        console.print,
+        data=args.data,
+        team=team,
+        overwrite=args.overwrite,
+    )
+    tasks = {name: results["tasks"][name] for name in tables}
     if not team.is_first:
         return _report_failures(tasks, console)
-    write_json(output / "results.json", results)
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
@@ -126,43 +116,9 @@ def _own_gpu(team: Team) -> str | None:
     return f"cuda:{team.local_rank}" if team.size > 1 and torch.cuda.is_available() else None
 
 
-def _settings(model: str, answerer: Answerer, options: RunOptions) -> dict[str, Any]:
-    """What the answers depend on; a run is resumed only where all of it is equal."""
-    folder = Path(model)
-    return {
-        "weights": fingerprint(folder) if folder.is_dir() else model,
-        **answerer.describe(),
-        **dataclasses.asdict(options),
-    }
-
-
 def _default_output(model: str, control: str | None) -> Path:
     name = Path(model).name or Path(model).resolve().name
     return Path("runs", "eval", f"{name}-{control}" if control else name)
-
-
-def _earlier_tasks(output: Path) -> dict[str, Any]:
-    """Tasks of an earlier command with the same settings, which stay in the results."""
-    path = output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
-
-
-def _results(
-    model: str, settings: dict[str, Any], answerer: Answerer, tasks: dict[str, Any]
-) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return {
-        "model": model,
-        "tasks": tasks,
-        "averages": averages(tasks),
-        "settings": settings,
-        "prompt_template": answerer.describe()["template"],
-        "config": answerer.model.config.to_dict(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "hardware": hardware(answerer.device),
-        "date": now.isoformat(timespec="seconds"),
-    }
 
 
 def _report_failures(tasks: dict[str, Any], console: Console) -> int:

@@ -1,0 +1,110 @@
+"""Several benchmarks on one model, into one result folder with its ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from proxyv.eval.answerer import Answerer
+from proxyv.eval.benchmarks import BENCHMARKS, averages
+from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
+from proxyv.eval.records import write_json
+from proxyv.eval.runner import RunOptions, evaluate, open_output
+from proxyv.eval.sources import Rows
+from proxyv.eval.team import ALONE, Team
+
+__all__ = ["score_tasks"]
+
+
+def score_tasks(
+    model: str,
+    answerer: Answerer,
+    tables: Mapping[str, Rows],
+    options: RunOptions,
+    output: Path,
+    warn: Callable[[str], None],
+    *,
+    data: Path | None = None,
+    team: Team = ALONE,
+    overwrite: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Ask and score what the folder does not hold yet, and write ``results.json``.
+
+    Args:
+        model: folder or hub id that the answerer was loaded from.
+        answerer: the model.
+        tables: rows of each benchmark, by its name.
+        options: how it is asked.
+        output: result folder; tasks that it holds already stay in the results.
+        warn: takes lines for the user.
+        data: folder that the tables come from, for reports that show pictures.
+        team: of processes.
+        overwrite: discard what the folder holds.
+        changes: what else the answers depend on, such as an attention that was masked.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        CommandError: the folder holds a run with other settings.
+    """
+    options = dataclasses.replace(options, batch_tokens=answerer.batch_tokens)
+    settings = _settings(model, answerer, options) | dict(changes or {})
+    if team.is_first:
+        open_output(output, settings, overwrite=overwrite)
+    team.wait()
+    started = time.monotonic()
+    place = str(data.resolve()) if data else None
+    tasks = {
+        name: {
+            **evaluate(BENCHMARKS[name], rows, answerer, options, output, warn, team),
+            "data_folder": place,
+        }
+        for name, rows in tables.items()
+    }
+    results = _results(model, settings, answerer, _earlier_tasks(output) | tasks)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    results["hardware"]["processes"] = team.size
+    if team.is_first:
+        write_json(output / "results.json", results)
+    return results
+
+
+def _settings(model: str, answerer: Answerer, options: RunOptions) -> dict[str, Any]:
+    """What the answers depend on; a run is resumed only where all of it is equal."""
+    folder = Path(model)
+    return {
+        "weights": fingerprint(folder) if folder.is_dir() else model,
+        **answerer.describe(),
+        **dataclasses.asdict(options),
+    }
+
+
+def _earlier_tasks(output: Path) -> dict[str, Any]:
+    """Tasks of an earlier command with the same settings, which stay in the results."""
+    path = output / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+
+
+def _results(
+    model: str, settings: dict[str, Any], answerer: Answerer, tasks: dict[str, Any]
+) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "model": model,
+        "tasks": tasks,
+        "averages": averages(tasks),
+        "settings": settings,
+        "prompt_template": answerer.describe()["template"],
+        "config": answerer.model.config.to_dict(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(answerer.device),
+        "date": now.isoformat(timespec="seconds"),
+    }
