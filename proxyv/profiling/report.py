@@ -32,6 +32,7 @@ class Plot:
         x_label: with its unit.
         lines: lines over numbers instead of bars beside each other.
         stacked: bars on top of each other.
+        intervals: lower and upper end of each value, by name; series without any have no bars.
     """
 
     x: list[Any]
@@ -40,6 +41,15 @@ class Plot:
     x_label: str = ""
     lines: bool = False
     stacked: bool = False
+    intervals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def error_bars(self, name: str) -> list[list[float]] | None:
+        """How far the ends lie below and above the values; None where there are none."""
+        if name not in self.intervals:
+            return None
+        pairs = list(zip(self.series[name], self.intervals[name], strict=True))
+        below = [max(0.0, value - low) for value, (low, _) in pairs]
+        return [below, [max(0.0, high - value) for value, (_, high) in pairs]]
 
 
 @dataclass(frozen=True)
@@ -137,14 +147,15 @@ class Report:
         floor = [0.0] * len(plot.x)
         for number, (name, values) in enumerate(plot.series.items()):
             if plot.lines:
-                axes.plot(plot.x, values, marker="o", label=name)
+                bars = plot.error_bars(name)
+                axes.errorbar(plot.x, values, yerr=bars, marker="o", capsize=3, label=name)
             elif plot.stacked:
                 axes.bar(range(len(plot.x)), values, width, bottom=floor, label=name)
                 floor = [low + value for low, value in zip(floor, values, strict=True)]
             else:
                 shift = (number - (len(plot.series) - 1) / 2) * width
                 places = [place + shift for place in range(len(plot.x))]
-                axes.bar(places, values, width, label=name)
+                axes.bar(places, values, width, yerr=plot.error_bars(name), capsize=3, label=name)
         if plot.lines:
             axes.set_xticks(plot.x)
         else:
