@@ -393,6 +393,22 @@ def test_stage_two_refuses_what_does_not_fit(two_stages, world, tmp_path):
         starting_folder(nowhere)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llava_next"}, r"packing: llava_next\).*start from a run"),
+        ({"model_type": "proxyv", "packing": "llava_next"}, r"packing: llava_next\)"),
+        ({"model_type": "llava_llama"}, r"type 'llava_llama', expected 'proxyv'"),
+    ],
+)
+def test_models_that_are_not_trained_here_are_refused(world, tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "processor_config.json").write_text("{}")
+    settings = settings_for(world, "finetune", **{"model.init_from": tmp_path})
+    with pytest.raises(ValueError, match=message):
+        starting_folder(settings)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_the_bare_script_asks_for_a_preset_where_gpus_are(stage):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +95,7 @@ def starting_folder(settings: Settings) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no such run, or it never finished.
+        ValueError: a model that is not trained here.
     """
     given = settings.model.init_from
     if given is None:
@@ -107,7 +109,29 @@ def starting_folder(settings: Settings) -> Path | None:
         raise FileNotFoundError(
             f"model.init_from={given}: {folder} holds no finished run (no {missing[0]}); {how}"
         )
+    _check_start(folder)
     return folder
+
+
+def _check_start(folder: Path) -> None:
+    """Refuse another kind of model, and rows that are packed otherwise than training does it.
+
+    Raises:
+        ValueError: naming the kind.
+    """
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind, packing = found.get("model_type"), found.get("packing", "crops")
+    if kind == "llava_next" or (kind == ProxyVConfig.model_type and packing != "crops"):
+        raise ValueError(
+            f"model.init_from: {folder} packs images as transformers' LLaVA-NeXT does (packing: "
+            "llava_next), which is there to evaluate such models; training packs crops whole, one "
+            "after another: start from a run of this package, or from backbones"
+        )
+    if kind != ProxyVConfig.model_type:
+        raise ValueError(
+            f"model.init_from: {folder} holds a model of type {kind!r}, expected "
+            f"{ProxyVConfig.model_type!r}: name the folder of a finished run"
+        )
 
 
 def _default_folder(model: ModelSettings, stage: str) -> Path:
