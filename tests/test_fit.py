@@ -46,6 +46,8 @@ def edited(folder: Path, changes: dict, **options) -> Path:
         ({"start_layer": 2}, {}, ["start_layer=2", "set it to 1"]),
         ({"start_layer": 0}, {}, ["start_layer=0", "set it to 1"]),
         ({"start_layer": None}, {}, ["start_layer=None", "set it to 1"]),
+        ({"skip": "atn_ffn"}, {}, ["skip='atn_ffn'", "set it to None"]),
+        ({"skip": None}, {"skip": "atn_ffn"}, ["skip=None", "set it to 'atn_ffn'"]),
         ({"proxy_kind": "learned"}, {}, ["proxy_kind='learned'", "set it to 'spatial'"]),
         ({"learned_proxies": 4}, LEARNED, ["learned_proxies=4", "set it to 3"]),
         (

@@ -16,7 +16,7 @@ _LAYERS = {
     "text_config": re.compile(r"\blanguage_model\.layers\.(\d+)\."),
     "vision_config": re.compile(r"\bvision_tower\..*\blayers\.(\d+)\."),
 }
-_PROXYV = re.compile(r"\blayers\.(\d+)\.(guided_update|proxy_initializer)\.")
+_PROXYV = re.compile(r"\blayers\.(\d+)\.(guided_update|proxy_initializer|light_mlp)\.")
 
 # Tensor, dimension, the option that it follows from, and the option's value for a size; what a
 # model is as a whole comes first, because everything else follows from it.
@@ -100,6 +100,9 @@ def _check_variant(name: object, config: Any, held: set[str]) -> None:
     start = min(layer for layer, _ in modules)
     if start != config.start_layer:
         _refuse(name, "start_layer", config.start_layer, start)
+    skip = "atn_ffn" if (start, "light_mlp") in modules else None
+    if skip != config.skip:
+        _refuse(name, "skip", config.skip, skip)
     kind = "learned" if (start, "proxy_initializer") in modules else "spatial"
     if kind != config.proxy_kind:
         _refuse(name, "proxy_kind", config.proxy_kind, kind)
