@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import CropGroup
@@ -60,6 +62,39 @@ def test_guided_update_equals_the_concatenated_form() -> None:
     torch.testing.assert_close(
         update(full, proxies, [CropGroup(4, full.shape[1] // 16, 4)], 2), expected
     )
+
+
+class ShapesMade(TorchDispatchMode):
+    """Notes the operation and shape of every tensor that owns new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.made.append((str(func), tuple(tensor.shape)))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["spatial", "learned"])
+@pytest.mark.parametrize("crops", [1, 3])
+def test_the_concatenation_is_never_made_in_training_either(crops: int, kind: str) -> None:
+    h, rows = 10, crops * 64
+    update = GuidedUpdate(32, h, torch.nn.RMSNorm(32)).train()
+    full = torch.randn(2, rows, 32, requires_grad=True)
+    proxies = torch.randn(2, crops * 4, 32, requires_grad=True)
+    splats = None
+    if kind == "learned":
+        splats = [torch.rand(2, crops, 64, 4, requires_grad=True)]
+    with ShapesMade() as watched:
+        update(full, proxies, [CropGroup(8, crops, 4)], 4, splats).square().sum().backward()
+    assert all(p.grad is not None for p in [full, proxies, *update.parameters()])
+    per_token = [shape for _, shape in watched.made if math.prod(shape) >= 2 * rows * h]
+    assert per_token and {math.prod(shape) // (2 * rows) for shape in per_token} <= {h, 32}
+    assert not any("cat" in name for name, _ in watched.made)
 
 
 def test_guided_update_has_the_papers_size() -> None:
