@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from proxyv.cli import run_command
 from proxyv.eval.__main__ import main
@@ -23,7 +25,7 @@ from proxyv.eval.records import rewrite_records, write_json
 from proxyv.eval.runner import summarise
 from proxyv.eval.statistics import average_interval, bootstrap_interval, paired_difference
 from proxyv.eval.stored import load_run
-from proxyv.eval.tables import comparison_latex, comparison_markdown
+from proxyv.eval.tables import comparison_latex, comparison_markdown, comparison_table
 from tests.test_benchmarks import picture, save_parquet
 
 HOSTILE = "</script><script>document.title = 'owned'</script> 5% & \\x_y {a|b} *c*"
@@ -163,6 +165,9 @@ def test_tables_escape_and_mark_the_best(runs: list[Path], tmp_path: Path) -> No
     assert "**1.0000 (1.0000 to 1.0000)** | 0.5333" in markdown
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(comparison_table(found, found.rows, "scores"))
+    assert found.rows[0].score in console.export_text()  # values wrap, names do not
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len({line.count(" & ") for line in body}) == 1
 

@@ -88,8 +88,8 @@ class Answerer:
             if template == "auto":
                 template = suggested_template(processor) or _no_template(name)
             return cls(model.to(place), processor, template)
-        model = _load_weights(name, kind, options).to(place)
-        return cls(model, ProxyVProcessor.from_pretrained(name), template)
+        processor = _load_processor(name)  # first, for it is the sooner to fail
+        return cls(_load_weights(name, kind, options).to(place), processor, template)
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +213,17 @@ def _no_template(name: str) -> NoReturn:
         f"--model {name}: which chat template it wants is not known; name one with --template "
         f"({', '.join(sorted(TEMPLATES))})"
     )
+
+
+def _load_processor(name: str) -> ProxyVProcessor:
+    try:
+        return ProxyVProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"--model {name}: its processor or tokenizer cannot be loaded; processor_config.json "
+            f"(or preprocessor_config.json) and tokenizer.json are needed beside the weights "
+            f"({str(error).partition('. ')[0]})"
+        ) from error
 
 
 def _load_weights(name: str, kind: str, options: Mapping[str, Any]) -> Any:

@@ -38,7 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.html, report.md and report.tex (default: runs/report)",
     )
     add("--data", type=Path, help="where the pictures are (default: where the runs had them)")
-    add("--samples", type=int, default=SAMPLES, help=f"samples of a task on the page ({SAMPLES})")
+    add(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        help=f"samples of a task on the page (default: {SAMPLES})",
+    )
     return parser
 
 

@@ -64,8 +64,14 @@ def comparison_table(comparison: Comparison, rows: Sequence[Row], title: str) ->
     """Runs side by side on the console."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.padding = (0, 1, 0, 0)
+    words = [word for row in rows for word in row.score.split()]
     for place, heading in enumerate(_headings(comparison)):
-        table.add_column(escape(heading), justify="left" if place < 2 else "right", overflow="fold")
+        table.add_column(
+            escape(heading),
+            justify="left" if place < 2 else "right",
+            overflow="fold",
+            min_width=max(map(len, words), default=0) if place == 1 else None,
+        )
     for cells in _lines(rows, escape, lambda text: f"[bold]{text}[/bold]"):
         table.add_row(*cells)
     return table

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import disable_progress_bars
+
 from proxyv.cli import run_command
 from proxyv.synthetic.world import write_world
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the row counts as JSON")
     options = parser.parse_args(argv)
+    disable_progress_bars()  # of `datasets`, for tables that take milliseconds
     rows = write_world(
         options.out,
         seed=options.seed,
