@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -597,6 +598,7 @@ def test_killed_command_resumes_with_the_same_result(
             ["--model", "{model}", "--tasks", "chartqa", "--data", "{world}", "--device", "gpu"],
             "--device gpu: unknown",
         ),
+        (["raport", "x"], "unknown command 'raport': did you mean 'report'"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(
@@ -634,6 +636,16 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         Answerer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "processor_config.json"])
+def test_a_model_without_its_processor_says_what_is_missing(
+    model_folder: Path, tmp_path: Path, file: str
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / file).unlink()
+    with pytest.raises(CommandError, match=rf"{folder}: its processor or tokenizer.*{file}"):
+        Answerer.load(str(folder), device="cpu")
 
 
 def test_damaged_weights_are_named(model_folder: Path, tmp_path: Path) -> None:

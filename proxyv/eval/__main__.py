@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from proxyv.cli import run_command
+from proxyv.cli import CommandError, nearest, run_command
 from proxyv.eval.answerer import Answerer, check_model_name
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, select
 from proxyv.eval.controls import CONTROLS, check_control
@@ -31,6 +31,7 @@ from proxyv.eval.team import Team, join_team
 __all__ = ["main"]
 
 SHOWN_FAILURES = 5
+COMMANDS = {"report": report_main, "rescore": rescore_main}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,9 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m proxyv.eval",
         description="Score a model on benchmarks. A run that was stopped goes on where it was.",
-        epilog="python -m proxyv.eval rescore RUN scores stored answers again, without the model; "
-        "python -m proxyv.eval report RUN... compares runs; "
-        f"groups of tasks, whose average is given as well: {_group_help()}",
+        epilog=f"""examples:
+  python -m proxyv.eval --model DIR --tasks docvqa,chartqa --data data/generated
+  python -m proxyv.eval --model DIR --tasks score_fine --control blank-images
+  accelerate launch --num_processes 8 -m proxyv.eval --model DIR --tasks refcoco
+  python -m proxyv.eval report RUN...    compares runs (RUN: a result folder)
+  python -m proxyv.eval rescore RUN...   scores stored answers again, without model
+
+groups of tasks, whose average is given as well:
+{_group_help()}""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="model folder, or hub id")
@@ -62,16 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _group_help() -> str:
-    return "; ".join(f"{group} = {', '.join(members)}" for group, members in GROUPS.items())
+    return "\n".join(f"  {group} = {', '.join(members)}" for group, members in GROUPS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a sample could not be asked, else 0."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["rescore"]:
-        return rescore_main(argv[1:])
-    if argv[:1] == ["report"]:
-        return report_main(argv[1:])
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            raise CommandError(nearest("command", argv[0], COMMANDS))
+        return COMMANDS[argv[0]](argv[1:])
     args = build_parser().parse_args(argv)
     benchmarks = select(args.tasks)
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
