@@ -40,9 +40,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_small_model(
-    folder: Path, *, start_layer: int | None = 1, image_aspect_ratio: str = "pad"
+    folder: Path,
+    *,
+    start_layer: int | None = 1,
+    image_aspect_ratio: str = "pad",
+    **options: object,
 ) -> Path:
-    """Write a seeded random model to ``folder`` and return it."""
+    """Write a seeded random model to ``folder`` and return it; options are the configuration's."""
     tokenizer = character_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -69,6 +73,7 @@ def save_small_model(
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=pinpoints,
         start_layer=start_layer,
+        **options,
     )
     torch.manual_seed(0)
     model = ProxyVForConditionalGeneration(config)

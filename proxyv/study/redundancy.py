@@ -138,8 +138,8 @@ def curve_report(runs: Sequence[StoredRun], tasks: Sequence[str]) -> Report:
                 "score %": score.value,
                 "from": score.interval[0],
                 "to": score.interval[1],
-                "relative %": _relative(score.value, scores[0].value),
-                "difference": gap.value,
+                "of base %": _relative(score.value, scores[0].value),
+                "gap": gap.value,
                 "p": gap.p_value,
             }
         )
@@ -150,7 +150,7 @@ def curve_report(runs: Sequence[StoredRun], tasks: Sequence[str]) -> Report:
         f"{runs[0].results['model']}",
         rows=rows,
         notes=f"Nothing is trained. Score: mean of {', '.join(chosen)}, with its 95 % bootstrap "
-        "interval; difference from no masking, p from a paired permutation test. Layers are "
+        "interval; gap to no masking, p from a paired permutation test. Layers are "
         "counted from the last one; masked are those among them whose vision tokens are queries.",
         plot=Plot(
             x=[row["ratio"] for row in rows],

@@ -95,8 +95,8 @@ def _report(name: str, title: str, runs: Sequence[StoredRun], row: RowTokens) ->
                 "score %": score.value,
                 "from": score.interval[0],
                 "to": score.interval[1],
-                "relative %": 100 * score.value / scores[0].value if scores[0].value else None,
-                "difference": gap.value,
+                "of base %": 100 * score.value / scores[0].value if scores[0].value else None,
+                "gap": gap.value,
                 "p": gap.p_value,
                 "FLOPs saved %": _saved(run_, row),
             }
@@ -105,8 +105,8 @@ def _report(name: str, title: str, runs: Sequence[StoredRun], row: RowTokens) ->
         name=name,
         title=title,
         rows=rows,
-        notes=f"Score: mean of {', '.join(tasks)}, with its 95 % bootstrap interval; difference "
-        "from the baseline, p from a paired permutation test. FLOPs: the paper's count of a "
+        notes=f"Score: mean of {', '.join(tasks)}, with its 95 % bootstrap interval; gap to "
+        "the baseline, p from a paired permutation test. FLOPs: the paper's count of a "
         f"prefill of {row.crops} crops and {row.text} text tokens, of layers that skip what is "
         "masked (masking alone saves nothing).",
         plot=Plot(
