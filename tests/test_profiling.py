@@ -163,6 +163,21 @@ def test_limits_beside_what_was_measured(tmp_path, capsys):
     assert main(["limits", str(tmp_path)]) == 0  # its own file is no measurement
 
 
+def test_models_that_skip_are_rows_of_their_own(capsys):
+    given = ["flops", "--preset", "vicuna-7b", "--start-layers", "12", "--skip", "atn,atn_ffn"]
+    assert main([*given, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["arm"] for row in rows] == ["baseline", "ProxyV-L12", "ATN-L12", "ATN+FFN-L12"]
+    assert [row["paper says %"] for row in rows[1:]] == [46, 11, 50]
+    assert all(abs(row["saved %"] - row["paper says %"]) < 1 for row in rows[1:])
+    given = ["latency", "--shape", SHAPE, "--start-layers", "1", "--skip", "atn,atn_ffn"]
+    given += ["--crops", "1", "--text", "6", "--repeats", "1", "--tokens", "1", "--device", "cpu"]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert len({row["arm"] for row in found}) == 4
+    assert all(row["median ms"] > 0 for row in found)
+
+
 def test_the_table_is_readable(capsys):
     assert main(["flops", "--preset", "vicuna-7b"]) == 0
     out = capsys.readouterr().out
@@ -178,6 +193,7 @@ def test_the_table_is_readable(capsys):
         (["flops", "--preset", "vicuna-7"], "did you mean 'vicuna-7b'"),
         (["flops", "--shape", SHAPE, "--start-layers", "4"], "start_layer=4"),
         (["flops", "--shape", SHAPE, "--start-layers", "a"], "--start-layers 'a'"),
+        (["flops", "--shape", SHAPE, "--skip", "atm"], "did you mean 'atn'"),
         (["memory", "--shape", SHAPE, "--batch", "0"], "--batch must be at least 1"),
         (["latency", "--preset", "tiny,smol"], "one preset at a time"),
         (["latency", "--shape", SHAPE, "--operations", "prefil"], "did you mean 'prefill'"),

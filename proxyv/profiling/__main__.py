@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from proxyv.cli import nearest, run_command
-from proxyv.config import PROXY_KINDS, ProxyVConfig
+from proxyv.config import PROXY_KINDS, SKIPS, ProxyVConfig
 from proxyv.model.flops import RowTokens
 from proxyv.profiling.arms import build_arms
 from proxyv.profiling.commands import (
@@ -82,6 +82,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=]")
     add("--start-layers", help="with commas (default: the paper's, or the preset's)")
     add("--proxy-kind", choices=PROXY_KINDS, default="spatial", help="default: spatial")
+    add("--skip", help=f"also models whose vision tokens skip: {', '.join(SKIPS)}, or both")
     if command == "scaling":
         add("--crops", default="1,2,5,10,20,40", help="default: 1,2,5,10,20,40")
         add("--text-lengths", default="50", help="with commas (default: 50)")
@@ -147,7 +148,7 @@ def _models(args: argparse.Namespace) -> list[tuple[str, ProxyVConfig, Sequence[
 def _flops(args: argparse.Namespace) -> Report:
     row = RowTokens(args.crops, args.text)
     options = {"proxy_kind": args.proxy_kind}
-    return flops_report(_models(args), row, args.attn != "eager", options)
+    return flops_report(_models(args), row, args.attn != "eager", options, _skips(args.skip))
 
 
 def _measure(args: argparse.Namespace) -> Report:
@@ -164,7 +165,8 @@ def _measure(args: argparse.Namespace) -> Report:
     config = with_start(config, None, proxy_kind=args.proxy_kind)
     operations = _operations(args) if args.command in ("latency", "memory") else []
     torch.manual_seed(args.seed)
-    arms = build_arms(config, list(starts), args.attn, _DTYPES[args.dtype], args.device)
+    dtype, skips = _DTYPES[args.dtype], _skips(args.skip)
+    arms = build_arms(config, list(starts), args.attn, dtype, args.device, skips)
     if getattr(args, "compile", False):
         for arm in arms:
             arm.compile()
@@ -190,6 +192,14 @@ def _operations(args: argparse.Namespace) -> list[str]:
         if name not in known:
             raise ValueError(nearest("operation", name, known))
     return chosen
+
+
+def _skips(given: str | None) -> list[str]:
+    names = [] if given is None else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in SKIPS:
+            raise ValueError(nearest("value of --skip", name, SKIPS))
+    return names
 
 
 def _numbers(args: argparse.Namespace, name: str) -> list[int]:

@@ -33,7 +33,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of all commands."""
-    look: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
+    kind = argparse.RawDescriptionHelpFormatter
+    look: dict[str, Any] = {"formatter_class": kind, "epilog": _EXAMPLES}
     parser = argparse.ArgumentParser(
         prog="python -m proxyv.study", description="Studies of trained models.", **look
     )
