@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -513,9 +514,11 @@ def test_command_writes_results_and_resumes(
     results = json.loads((output / "results.json").read_text("utf-8"))
     assert list(results["tasks"]) == ["docvqa", "chartqa"]
     assert results["prompt_template"] == "tiny"
-    assert results["settings"]["dtype"] == "float32"
-    assert results["config"]["start_layer"] == 1
-    assert {"torch", "transformers", "python"} <= results["versions"].keys()
+    told = {"dtype": "float32", "attention": "sdpa", "device": "cpu", "batch_size": 3}
+    assert told.items() <= results["settings"].items()
+    assert results["model"] == str(model_folder) and results["config"]["start_layer"] == 1
+    assert {"torch", "transformers", "nltk", "python"} <= results["versions"].keys()
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", results["git_commit"] or "0" * 40)
     assert results["hardware"]["device"] and results["date"]
     lines = (output / "docvqa.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 10 and all(json.loads(line)["answer"] for line in lines)

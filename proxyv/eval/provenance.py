@@ -14,7 +14,10 @@ import torch
 
 __all__ = ["fingerprint", "git_commit", "hardware", "versions"]
 
-PACKAGES = ("torch", "transformers", "datasets", "rapidfuzz", "pillow", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "accelerate", "datasets"),
+    *("rapidfuzz", "nltk", "pillow", "numpy"),
+)
 MODEL_FILES = ("config.json", "*_config.json", "tokenizer*", "*.jinja", "*.model", "*.safetensors")
 PIECE_BYTES = 1 << 16
 PIECES = 64
