@@ -13,7 +13,7 @@ from small_training import make_backbones, make_rows, overrides
 from test_families import TEXT
 from test_resume import At, train_with
 from tiny_models import collate, sample, tiny_model
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from proxyv.train import run
 from proxyv.train.adapters import add_adapters, has_adapters, plain_state, quantize
@@ -201,3 +201,23 @@ def test_four_bit_model_with_adapters_is_its_merged_model():
         merged = plain(**batch).logits[rows]
     away = (small - merged).norm() / merged.norm()  # multiplied in bfloat16
     assert away < 0.03 and 3 * away < (small - before).norm() / before.norm()
+
+
+@needs_bitsandbytes
+def test_loading_in_four_bits(tmp_path):
+    sizes = {"text": {"hidden_size": 64, "intermediate_size": 64}, "vision": {"hidden_size": 64}}
+    plain = tiny_model(start_layer=1, spread=0.05, **sizes)
+    plain.save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=four_bits)
+    kinds = {name: type(module).__name__ for name, module in small.named_modules()}
+    assert kinds["model.language_model.layers.1.self_attn.q_proj"] == "Linear4bit"
+    assert small.get_memory_footprint() < plain.get_memory_footprint()
+    batch = {name: values.to(small.device) for name, values in batch_for(plain).items()}
+    rows = batch["attention_mask"].bool()
+    with torch.no_grad():
+        wanted, logits = plain.to(small.device)(**batch).logits[rows], small(**batch).logits[rows]
+    assert (logits.float() - wanted).norm() < 0.3 * wanted.norm()
+    assert small.generate(**batch, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3
+    with pytest.raises(ValueError, match=r"fuse\(\) cannot read the weight"):
+        small.fuse()

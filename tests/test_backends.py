@@ -139,8 +139,37 @@ def test_bfloat16_stays_near_float32_on_every_backend(attention, layout, generat
     assert float((half.float() - exact).abs().max()) < 2e-2
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_GPU
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_every_backend_on_a_gpu(attention, side) -> None:
+    """The real kernels, compiled where they are; heads as wide as flash attention needs them."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    text = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model(start_layer=1, spread=0.05, text=text, attention="eager").cuda()
+    generator = torch.Generator().manual_seed(0)
+    rows = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [1, "1", 2], [4])]
+    inputs = {name: values.cuda() for name, values in collate(rows, side).items()}
+    exact = light_logits(model, inputs)
+    model.set_attn_implementation(attention)
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        if attention == "flash_attention_2" and dtype == torch.float32:
+            continue  # its kernel has no float32
+        model.to(dtype)
+        for use_cache in (False, True):
+            logits = light_logits(model, inputs, use_cache=use_cache)
+            assert float((logits.float() - exact).abs().max()) < limit, (dtype, use_cache)
+    if side == "left":
+        assert model.generate(**inputs, max_new_tokens=3).is_cuda
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_gradients_on_a_gpu_are_those_of_sdpa(attention, generator) -> None:
     """Flex attention runs backward on a GPU only."""
