@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.guided_update import GuidedUpdate
-from proxyv.model.layout import CropGroup, SequenceLayout
+from proxyv.model.layout import SequenceLayout
 from proxyv.model.masks import masked_attention
 from proxyv.model.proxies import (
     ProxyInitializer,
@@ -32,6 +32,9 @@ from proxyv.model.proxies import (
     make_spatial_proxies,
     split_groups,
 )
+
+if TYPE_CHECKING:
+    from proxyv.reduction.base import DecoderReduction
 
 __all__ = [
     "DecoderOptions",
@@ -53,6 +56,7 @@ class DecoderOptions:
         guided_width: hidden width of the guided update.
         released: positions of the released weights.
         learned_proxies: learned proxies of each crop; None for spatial ones.
+        reduction: a method that drops rows inside the decoder; None for none.
         skip: what full tokens go without, see ``skipping.py``; None for proxies.
     """
 
@@ -62,6 +66,7 @@ class DecoderOptions:
     guided_width: int
     released: bool
     learned_proxies: int | None = None
+    reduction: DecoderReduction | None = None
     skip: str | None = None
 
 
@@ -252,24 +257,28 @@ class ProxyVLayerMixin:
         light, full = layout.split(hidden_states)
         if self.is_last:
             return light, full, None
-        proxies, splats = self._make_proxies(full, layout.groups)
+        proxies, splats = self._make_proxies(full, layout)
         return torch.cat([proxies, light], dim=1), full, splats
 
     def _make_proxies(
-        self, full: Tensor, groups: Sequence[CropGroup]
+        self, full: Tensor, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Proxies (B, P, D) of full rows (B, F, D), and the splat matrices of learned ones."""
-        parts = split_groups(full, [group.num_crops * group.side**2 for group in groups])
+        groups, lengths = layout.groups, [group.num_full for group in layout.groups]
+        parts = split_groups(full, lengths)
         if self.proxy_initializer is None:
             spatial = [
                 make_spatial_proxies(part, group.side, self.side_reduction, self.downsample)
                 for part, group in zip(parts, groups, strict=True)
             ]
             return join_groups(spatial), None
-        # Crops that only pad have proxies that only pad, so no token needs a mask.
+        # Crops that only pad have proxies that only pad, so tokens need a mask within crops only.
+        valid: Sequence[Tensor | None] = [None] * len(groups)
+        if layout.ragged:
+            valid = layout.full_valid.split(lengths, dim=1)
         learned = [
-            self.proxy_initializer(part, group.side**2)
-            for part, group in zip(parts, groups, strict=True)
+            self.proxy_initializer(part, group.crop_tokens, real)
+            for part, group, real in zip(parts, groups, valid, strict=True)
         ]
         return join_groups([proxies for proxies, _ in learned]), tuple(s for _, s in learned)
 

@@ -10,6 +10,8 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from proxyv.model.crops import image_grids
 from proxyv.model.layout import find_images
+from proxyv.reduction.decoding import rows_read
+from proxyv.reduction.rows import last_rows
 
 __all__ = ["IMAGE_INPUTS", "ImageGenerationMixin"]
 
@@ -34,6 +36,12 @@ class ImageGenerationMixin:
         token = self.config.image_token_index
         if 0 <= token < self.config.text_config.vocab_size:
             processors.append(SuppressTokensLogitsProcessor([token], device=str(self.device)))
+        ids = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input_ids")
+        if self.model.language_model.options.reduction is not None and ids is not None:
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            if mask.shape == ids.shape:
+                kwargs.setdefault("judges", last_rows(mask.bool()))
         parent: Any = super()
         return parent.generate(*args, logits_processor=processors, **kwargs)
 
@@ -46,14 +54,18 @@ class ImageGenerationMixin:
     ) -> dict[str, Any]:
         """Hand images on to the first step only; later steps find them in the cache."""
         parent: Any = super()
+        kwargs["next_sequence_length"] = _unread(input_ids, is_first_iteration, kwargs)
         inputs = parent.prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in IMAGE_INPUTS:
+            for name in (*IMAGE_INPUTS, "judges"):
                 inputs.pop(name, None)
         elif inputs.get("pixel_values") is not None:
             inputs["attention_mask"] = kwargs.get("attention_mask")  # a static cache made it 4-D
+            if inputs.get("judges") is not None:  # without a cache, the answer is read with it
+                added = inputs["input_ids"].shape[1] - inputs["judges"].shape[1]
+                inputs["judges"] = torch.nn.functional.pad(inputs["judges"], (0, added))
         return inputs
 
     def _expand_inputs_for_generation(
@@ -96,3 +108,13 @@ class ImageGenerationMixin:
             order += list(range(first, first + len(row))) * expand_size
             first += len(row)
         return torch.tensor(order, device=pixel_values.device)
+
+
+def _unread(input_ids: Tensor, first: bool | None, kwargs: dict[str, Any]) -> int | None:
+    """How many of the tokens are new.
+
+    A prompt whose crops held empty rows takes fewer rows of the cache than tokens of the input.
+    """
+    length = kwargs.get("next_sequence_length")
+    read = rows_read(kwargs.get("past_key_values"))
+    return length if length is None or read is None or not first else input_ids.shape[1] - read

@@ -110,7 +110,7 @@ class GuidedUpdate(nn.Module):
                 [
                     add_to_blocks(part, told, group.side, reduce)
                     for part, told, group in zip(
-                        split_groups(hidden, [g.num_crops * g.side**2 for g in groups]),
+                        split_groups(hidden, [g.num_full for g in groups]),
                         split_groups(context, [g.num_crops * g.num_proxies for g in groups]),
                         groups,
                         strict=True,

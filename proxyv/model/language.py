@@ -26,7 +26,10 @@ from proxyv.model.masks import (
     to_backend,
 )
 from proxyv.model.proxies import ProxyInitializer
+from proxyv.model.reduced import prompt_rows, refuse_unsuited
 from proxyv.model.skipping import layer_that_skips
+from proxyv.reduction.decoding import ProxyLayers, run_reduced, stages_of
+from proxyv.reduction.rows import Rows
 
 __all__ = ["ProxyVTextMixin"]
 
@@ -81,9 +84,12 @@ class ProxyVTextMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         layout: SequenceLayout | None = None,
+        judges: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the language model, as the stock one, plus ``layout`` where rows hold images.
+
+        ``judges`` (B, S) names the rows that judge image rows where a method drops some.
 
         A mask that only hides padding on the right is dropped while nothing is cached: no real
         row can see that padding, and attention without a mask is faster.
@@ -103,6 +109,10 @@ class ProxyVTextMixin:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if self._drops_rows(layout, past_key_values):
+            return self._forward_reduced(
+                inputs_embeds, layout, judges, attention_mask, position_ids, past_key_values, kwargs
+            )
         if layout is None:
             attention_mask, position_ids = _plain_rows(
                 inputs_embeds, attention_mask, position_ids, past_key_values
@@ -113,9 +123,12 @@ class ProxyVTextMixin:
             if position_ids is None:
                 position_ids = window.position_ids()
             position_ids = position_ids + layout.position_shift
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+            proxy_positions = layout.proxy_positions(position_ids)
             kwargs["streams"] = self._streams(
-                layout, window, inputs_embeds, position_ids, past_key_values, kwargs
-            )
+                layout, window, inputs_embeds, position_ids, proxy_positions, past_key_values,
+                kwargs,
+            )  # fmt: skip
             attention_mask = self._ordinary_mask(
                 layout, window, inputs_embeds, attention_mask, past_key_values
             )
@@ -127,6 +140,82 @@ class ProxyVTextMixin:
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _drops_rows(self, layout: SequenceLayout | None, past_key_values: Cache | None) -> bool:
+        """Whether layers see fewer rows than come in, now or where the prompt was read.
+
+        In training a batch without images takes the same way, so that processes among which the
+        weights are sharded call the same modules.
+        """
+        if stages_of(past_key_values) is not None:
+            return True
+        if layout is not None and layout.empty is not None:
+            return True
+        reads = layout is not None or (self.training and past_key_values is None)
+        return self.options.reduction is not None and reads
+
+    def _forward_reduced(
+        self,
+        embeds: Tensor,
+        layout: SequenceLayout | None,
+        judges: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> BaseModelOutputWithPast:
+        """As ``forward``, where rows leave on the way; rows that left come out as zeros."""
+        refuse_unsuited(self.config, past_key_values, kwargs)
+        method = self.options.reduction
+        states: list[Tensor] | None = None
+        if _flag(self.config, kwargs, "output_hidden_states"):
+            states = []
+        passed = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
+        if stages_of(past_key_values) is not None and layout is None:
+            hidden, _ = run_reduced(
+                self, method, embeds, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, **passed,
+            )  # fmt: skip
+            return BaseModelOutputWithPast(hidden, past_key_values)
+        window = _Window.build(embeds, attention_mask, _past_length(past_key_values))
+        hidden, left = run_reduced(
+            self,
+            method,
+            embeds,
+            rows=prompt_rows(layout, window.real, position_ids, judges),
+            empty=None if layout is None else layout.empty,
+            proxies=self._proxy_layers(layout, past_key_values),
+            past_key_values=past_key_values,
+            hidden_states=states,
+            **passed,
+        )
+        assert left is not None, "a prompt was read without rows"
+        return BaseModelOutputWithPast(
+            last_hidden_state=left.restore(hidden, embeds.shape[1]),
+            past_key_values=past_key_values,
+            hidden_states=None if states is None else tuple(states),  # type: ignore[arg-type]
+        )
+
+    def _proxy_layers(
+        self, layout: SequenceLayout | None, past_key_values: Cache | None
+    ) -> ProxyLayers | None:
+        """The ProxyV layers, for a prompt whose rows become fewer; None where there are none."""
+        start = self.options.start_layer
+        if start is None or layout is None:
+            return None
+
+        def streams(
+            layout: SequenceLayout, rows: Rows, some: Tensor, anchors: Tensor, layer: int
+        ) -> Streams:
+            window = _Window(rows.valid, rows.valid[:, :0], False)
+            made = self._streams(
+                layout, window, some, rows.positions, anchors + layout.proxy_offset,
+                past_key_values, {}, layer,
+            )  # fmt: skip
+            assert made is not None, "a language model with a start layer has streams"
+            return made
+
+        return ProxyLayers(start, layout, streams)
 
     def _ordinary_mask(
         self,
@@ -155,10 +244,12 @@ class ProxyVTextMixin:
         window: _Window,
         embeds: Tensor,
         position_ids: Tensor,
+        proxy_positions: Tensor,
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
+        layer: int = 0,
     ) -> Streams | None:
-        """Masks and rotary tables of the ProxyV layers; None for a baseline."""
+        """Masks and rotary tables of the ProxyV layers from ``layer`` on; None for a baseline."""
         start = self.options.start_layer
         if start is None:
             return None
@@ -167,11 +258,10 @@ class ProxyVTextMixin:
             for name in ("output_hidden_states", "output_attentions")
         )
         natural_keys = past_key_values is not None or keep_attention
-        key_length = _key_length(past_key_values, window)
+        key_length = _key_length(past_key_values, window, layer)
         light = light_mask(layout, window.real, window.past_valid, key_length, natural_keys)
-        position_ids = position_ids.expand(embeds.shape[0], -1)
         positions = torch.cat(
-            [layout.proxy_positions(position_ids)]
+            [proxy_positions]
             + [position_ids.gather(1, index) for index in (layout.light_index, layout.full_index)],
             dim=1,
         )
@@ -272,12 +362,12 @@ def _plain_rows(
     return (attention_mask if window.needs_mask else None), position_ids
 
 
-def _key_length(past_key_values: Cache | None, window: _Window) -> int:
+def _key_length(past_key_values: Cache | None, window: _Window, layer: int = 0) -> int:
     """How many keys the attention of a layer will get."""
     length = window.real.shape[1]
     if past_key_values is None:
         return length
-    return int(past_key_values.get_mask_sizes(length, 0)[0])
+    return int(past_key_values.get_mask_sizes(length, layer)[0])
 
 
 def _remember_full_rows(
@@ -303,7 +393,7 @@ def _remember_full_rows(
             f"{B}: start a new cache"
         )
     known = nn.functional.pad(known[:, :past], (0, past - min(past, known.shape[1])))
-    new = layout.natural_index >= layout.light_index.shape[1]
+    new = layout.full_rows
     past_key_values.proxyv_full_rows = torch.cat([known, new], dim=1)  # type: ignore[attr-defined]
     return known
 

@@ -86,6 +86,8 @@ class SequenceLayout:
             at entry 0.
         segments: the same as slices ``(is_full, start, stop)`` where all rows of the batch are
             alike, else None; joining by slices copies once instead of twice.
+        newline: (B, S) True where a natural row is a newline.
+        empty: (B, S) True where a row was reserved for a token that does not exist; None if none.
         ragged: some crop has padding among its tokens.
     """
 
@@ -102,6 +104,8 @@ class SequenceLayout:
     position_shift: Tensor
     natural_index: Tensor
     segments: tuple[tuple[bool, int, int], ...] | None
+    newline: Tensor
+    empty: Tensor | None = None
     ragged: bool = False
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
@@ -187,6 +191,8 @@ class SequenceLayout:
                 light_index, self.light_valid, full_index, valid, index.shape[1]
             ),
             segments=None,
+            newline=self.newline.gather(1, index) & left,
+            empty=None,
             ragged=True,
         )
         return layout, chosen
@@ -319,6 +325,7 @@ def build_layout(
     shift = torch.stack([row.shift for row in rows])
     length = real.shape[1]
     slots = torch.arange(length)[None] + shift
+    empty = torch.stack([row.empty for row in rows])
 
     natural = _natural_index(light_index, light_valid, full_index, full_valid, length)
     alike = bool(full_valid.all() and light_valid.all() and (natural == natural[:1]).all())
@@ -342,6 +349,8 @@ def build_layout(
         position_shift=shift,
         natural_index=natural,
         segments=segments,
+        newline=torch.stack([row.newline for row in rows]),
+        empty=empty if empty.any() else None,
         ragged=any(len(crop) < longest for row in rows for crop in row.full.get(0, [])),
     ).to(real.device)  # fmt: skip
 
@@ -355,6 +364,8 @@ class _Row:
         light: rows of newline and text tokens.
         proxy_anchor: first row of the image of each proxy.
         proxy_offset: rank of each proxy within its image.
+        newline: (S,) True at newlines.
+        empty: (S,) True at rows of an image that hold nothing.
         shift: (S,) what the layout adds to each position.
     """
 
@@ -362,6 +373,8 @@ class _Row:
     light: Tensor
     proxy_anchor: dict[int, Tensor]
     proxy_offset: dict[int, Tensor]
+    newline: Tensor
+    empty: Tensor
     shift: Tensor
 
 
@@ -374,6 +387,7 @@ def _lay_out_row(
 ) -> _Row:
     """Indices of one row; ``real`` is (S,)."""
     is_light = real.bool().clone()
+    newline, empty = torch.zeros_like(is_light), torch.zeros_like(is_light)
     shift = torch.zeros(real.shape[0], dtype=torch.long)
     none = torch.zeros(0, dtype=torch.long)
     full: dict[int, list[Tensor]] = {side: [] for side in sides}
@@ -385,6 +399,9 @@ def _lay_out_row(
         is_light[rows[:, :-1].flatten()] = False
         counts = grid.crop_tokens or (stride - 1,) * grid.num_crops
         full[side] += [crop[:count] for crop, count in zip(rows, counts, strict=True)]
+        newline[rows[:, -1]] = True
+        for crop, count in zip(rows, counts, strict=True):
+            empty[crop[count:-1]] = True
         if released:
             shift[rows[1:, -1]] = -stride
         ranks = torch.arange(grid.num_crops * num_proxies(side or None))
@@ -395,6 +412,8 @@ def _lay_out_row(
         light=is_light.nonzero().flatten(),
         proxy_anchor={side: torch.cat(anchors[side]) for side in sides},
         proxy_offset={side: torch.cat(offsets[side]) for side in sides},
+        newline=newline,
+        empty=empty,
         shift=shift,
     )
 

@@ -34,7 +34,6 @@ from transformers.utils import can_return_tuple
 from proxyv.config import OPTIONS, ProxyVConfig
 from proxyv.model.backbones import adopt, materialise
 from proxyv.model.card import ModelCardMixin
-from proxyv.model.crops import image_grids
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.fit import check_fit
@@ -42,7 +41,9 @@ from proxyv.model.generation import ImageGenerationMixin
 from proxyv.model.head import LanguageHead, supervised_rows
 from proxyv.model.layout import SequenceLayout, build_layout, find_images
 from proxyv.model.released import check_saved_variant, is_release, read_release
-from proxyv.model.vision import ImageFeaturesMixin
+from proxyv.model.vision import ImageFeaturesMixin, build_projector
+from proxyv.reduction.base import DecoderReduction
+from proxyv.reduction.rows import before_answers
 
 __all__ = ["ProxyVForConditionalGeneration", "ProxyVModel", "parameter_part"]
 
@@ -96,7 +97,8 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         super(LlavaNextModel, self).__init__(config)
         config.check_options()
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        self.reduction = config.reduction_method
+        self.multi_modal_projector = build_projector(config)
         width = config.text_config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / math.sqrt(width))
         self.vocab_size = config.text_config.vocab_size
@@ -107,6 +109,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             guided_width=config.guided_width,
             released=config.layout == "released",
             learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
+            reduction=self.reduction if isinstance(self.reduction, DecoderReduction) else None,
             skip=config.skip,
         )
         self.language_model = build_language_model(config.text_config, options)
@@ -115,8 +118,12 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         """Initialise one module; the projector as torch does by default, like the authors."""
-        projector = getattr(self, "multi_modal_projector", None)
-        if projector is not None and module in (projector.linear_1, projector.linear_2):
+        projector: Any = getattr(self, "multi_modal_projector", None)
+        if module is projector and hasattr(module, "init_weights"):
+            module.init_weights()
+        elif isinstance(projector, LlavaNextMultiModalProjector) and (
+            module in (projector.linear_1, projector.linear_2)
+        ):
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
@@ -138,6 +145,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         pool_sizes: Tensor | None = None,
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        judges: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> LlavaNextModelOutputWithPast:
@@ -161,10 +169,9 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
                 pool_sizes,
                 vision_feature_layer,
                 vision_feature_select_strategy,
-            ).pooler_output
-            grids = image_grids(self.config, pixel_values, num_crops, image_sizes, pool_sizes)
-            spans = find_images(image_mask, grids)
-            image_features = torch.cat(images).to(inputs_embeds)
+            )
+            spans = find_images(image_mask, images.grids)
+            image_features = torch.cat(images.pooler_output).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
             if self.config.packing == "crops":
                 layout = build_layout(
@@ -183,6 +190,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             layout=layout,
+            judges=judges,
             **kwargs,
         )
         return LlavaNextModelOutputWithPast(
@@ -399,6 +407,7 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         labels: Tensor | None = None,
+        judges: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_only: bool = False,
@@ -422,6 +431,9 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             vision_feature_layer: layer(s) of the tower, default from the configuration.
             vision_feature_select_strategy: "default" or "full", default from the configuration.
             labels: (B, S) targets, -100 where none.
+            judges: (B, S) True at rows by whose attention a method inside the decoder chooses
+                image tokens; default: the rows right before answers where labels are given, else
+                the last row.
             use_cache: return a cache.
             logits_to_keep: compute logits of the last so many rows (0: all), or of given rows.
             loss_only: compute the loss from supervised rows alone, and no logits: for training.
@@ -436,6 +448,8 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             ValueError: image tokens, ``pixel_values`` and ``num_crops`` that do not fit together.
         """
         kwargs.pop("return_dict", None)
+        if judges is None and labels is not None:
+            judges = before_answers(labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -448,6 +462,7 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
             pool_sizes=pool_sizes,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
+            judges=judges,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
 from proxyv.model.crops import ImageGrid, image_grids, real_crops
+from proxyv.reduction.base import ImageReduction, ProjectorReduction, Reduction, TowerReduction
+from proxyv.reduction.tower import tower_states
 
-__all__ = ["ImageFeaturesMixin"]
+__all__ = ["ImageFeatures", "ImageFeaturesMixin", "build_projector"]
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Features of images as they enter the sequence.
+
+    Attributes:
+        grids: what each image became. Where a method lets the image decide how many tokens a
+            crop has, ``crop_tokens`` says it, and rows behind a crop's last token are zero.
+    """
+
+    grids: list[ImageGrid] | None = None
+
+
+def build_projector(config: Any) -> nn.Module:
+    """The projector that a ``ProxyVConfig`` asks for: the stock one, or that of a method."""
+    method = config.reduction_method
+    if not isinstance(method, ProjectorReduction):
+        return LlavaNextMultiModalProjector(config)
+    layers = config.vision_feature_layer
+    return method.build(
+        config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        config.side,
+        1 if isinstance(layers, int) else len(layers),
+    )
 
 
 class ImageFeaturesMixin:
@@ -29,14 +60,15 @@ class ImageFeaturesMixin:
     multi_modal_projector: nn.Module
     image_newline: nn.Parameter
     pack_image_features: Any
+    reduction: Reduction | None
 
     def tower_features(
         self,
         crops: Tensor,
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-    ) -> Tensor:
-        """Run crops through the vision tower.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run crops through the vision tower, and through a method that reduces them there.
 
         Args:
             crops: (N, 3, height, width) pixels.
@@ -44,26 +76,39 @@ class ImageFeaturesMixin:
             vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
 
         Returns:
-            (N, s*s, width of the tower), or that width times the number of layers.
+            (N, n, width of the tower), or that width times the number of layers: n = s*s, or what
+            the method leaves, padded with zeros. And (N, n) False at such padding, None if none.
 
         Raises:
-            ValueError: the tower gives another number of tokens than s*s.
+            ValueError: the tower gives another number of tokens than expected.
         """
         layer = vision_feature_layer
         if layer is None:
             layer = self.config.vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        states = self.vision_tower(crops, output_hidden_states=True).hidden_states
+        side, options, method = self.config.side, {}, self.reduction
+        if isinstance(method, ImageReduction):
+            crops = method.shrink(crops, self.config.vision_config.patch_size)
+            side, options = self.config.crop_side, {"interpolate_pos_encoding": True}
+        run = self.vision_tower(crops, output_hidden_states=True, **options)
+        states = run.hidden_states
+        if isinstance(method, TowerReduction):
+            has_class = strategy == "default"
+            reduced = method.reduce(
+                tower_states(self.vision_tower, states, method, layer, has_class)
+            )
+            ragged = method.tokens_per_crop(side**2) is None
+            return reduced.tokens, reduced.valid if ragged else None
         layers = [layer] if isinstance(layer, int) else list(layer)
         features = torch.cat([states[index] for index in layers], dim=-1)
         if strategy == "default":
             features = features[:, 1:]
-        if features.shape[1] != self.config.side**2:
+        if features.shape[1] != side**2:
             raise ValueError(
                 f"the vision tower gives {features.shape[1]} tokens a crop, expected "
-                f"{self.config.side}**2; vision_feature_select_strategy is {strategy!r}"
+                f"{side}**2; vision_feature_select_strategy is {strategy!r}"
             )
-        return features
+        return features, None
 
     def get_image_features(
         self,
@@ -74,7 +119,7 @@ class ImageFeaturesMixin:
         vision_feature_layer: int | Sequence[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    ) -> ImageFeatures:
         """Features of whole images, packed as they enter the sequence.
 
         Args:
@@ -90,15 +135,18 @@ class ImageFeaturesMixin:
 
         Returns:
             ``pooler_output`` is a list with (tokens, D) for each image: C*(s*s+1) tokens, or what
-            ``num_unpadded_tokens`` says where the packing is "llava_next".
+            ``num_unpadded_tokens`` says where the packing is "llava_next", or a method leaves;
+            ``grids`` tells more.
         """
         grids = image_grids(self.config, pixel_values, num_crops, image_sizes, pool_sizes)
         crops = real_crops(pixel_values, grids).to(self.vision_tower.dtype)
-        features = self.tower_features(
+        features, valid = self.tower_features(
             crops, vision_feature_layer, vision_feature_select_strategy
-        )  # (crops, s*s, width)
+        )
         images = self._project(features, grids)
-        output = BaseModelOutputWithPooling()
+        if valid is not None:
+            images, grids = _reserve_rows(images, valid, grids)
+        output = ImageFeatures(grids=grids)
         if self.config.packing == "llava_next":
             strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
             images, _ = self.pack_image_features(images, image_sizes, strategy, self.image_newline)
@@ -108,9 +156,11 @@ class ImageFeaturesMixin:
         return output
 
     def _project(self, features: Tensor, grids: Sequence[ImageGrid]) -> list[Tensor]:
-        """(crops, s*s, width) to (C, side*side, D) for each image, in one call of the projector."""
-        counts, sides = [grid.num_crops for grid in grids], [grid.side for grid in grids]
-        if any(side != self.config.side for side in sides):
+        """(crops, n, width) to (C, n', D) for each image, in one call of the projector."""
+        counts = [grid.num_crops for grid in grids]
+        sides = [grid.side or self.config.side for grid in grids]
+        pools = self.reduction is None or self.reduction.stage == "decoder"
+        if pools and any(side != self.config.side for side in sides):
             pooled = [
                 _pool(image, self.config.side // side)
                 for image, side in zip(features.split(counts), sides, strict=True)
@@ -119,6 +169,33 @@ class ImageFeaturesMixin:
             images = rows.split([n * side**2 for n, side in zip(counts, sides, strict=True)])
             return [image.unflatten(0, (n, -1)) for n, image in zip(counts, images, strict=True)]
         return list(self.multi_modal_projector(features).split(counts))
+
+
+def _reserve_rows(
+    images: list[Tensor], valid: Tensor, grids: Sequence[ImageGrid]
+) -> tuple[list[Tensor], list[ImageGrid]]:
+    """Give each crop the rows that the sequence holds for it; what has no token is zero.
+
+    Args:
+        images: (C, n, D) of each image.
+        valid: (crops, n) False where there is no token.
+        grids: of the images.
+
+    Returns:
+        (C, rows of a crop without its newline, D) of each image, and grids that know how many
+        tokens each crop has.
+    """
+    counts = valid.sum(dim=1).tolist()
+    reserved, known, crop = [], [], 0
+    for image, grid in zip(images, grids, strict=True):
+        own = slice(crop, crop + grid.num_crops)
+        crop += grid.num_crops
+        image = image * valid[own, :, None].to(image)
+        reserved.append(
+            nn.functional.pad(image, (0, 0, 0, grid.rows_per_crop - 1 - valid.shape[1]))
+        )
+        known.append(dataclasses.replace(grid, crop_tokens=tuple(counts[own])))
+    return reserved, known
 
 
 def _pool(crops: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ what decoding has to know about the stages lies on the cache. Decoding drops not
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from proxyv.model.decoder import Streams
+from proxyv.model.layout import CropGroup, SequenceLayout
 from proxyv.reduction.attention import decoder_heads
 from proxyv.reduction.base import DecoderReduction
 from proxyv.reduction.rows import Rows, count_positions, select, take
 
-__all__ = ["StageState", "choose_rows", "layer_stages", "run_reduced", "stages_of"]
+__all__ = [
+    "ProxyLayers",
+    "StageState",
+    "choose_rows",
+    "layer_stages",
+    "rows_read",
+    "run_reduced",
+    "stages_of",
+]
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,14 @@ def stages_of(past_key_values: Cache | None) -> tuple[StageState, ...] | None:
     return getattr(past_key_values, "proxyv_stages", None)
 
 
-def layer_stages(method: DecoderReduction, num_layers: int) -> list[int]:
+def rows_read(past_key_values: Cache | None) -> int | None:
+    """Rows of the whole sequence that such a cache stands for, padding included; else None."""
+    return getattr(past_key_values, "proxyv_rows", None)
+
+
+def layer_stages(method: DecoderReduction | None, num_layers: int) -> list[int]:
     """The stage of each layer: how many drops come before it."""
-    drops = method.drops(num_layers)
+    drops = () if method is None else method.drops(num_layers)
     return [sum(drop.before <= layer for drop in drops) for layer in range(num_layers)]
 
 
@@ -62,30 +78,55 @@ def choose_rows(
     return select(scores, rows, method.keep_counts(number, rows))
 
 
+@dataclass(frozen=True)
+class ProxyLayers:
+    """What reading a prompt has to know of ProxyV layers.
+
+    Attributes:
+        start: the first of them.
+        layout: of the prompt's rows.
+        streams: what these layers share, from a layout, the rows that it is of, the hidden state
+            of any of them, the position of the first row of each proxy's image (B, P), and the
+            layer that comes next.
+    """
+
+    start: int
+    layout: SequenceLayout
+    streams: Callable[[SequenceLayout, Rows, Tensor, Tensor, int], Streams]
+
+
 def run_reduced(
     model: Any,
-    method: DecoderReduction,
+    method: DecoderReduction | None,
     embeds: Tensor,
     *,
     rows: Rows | None = None,
+    empty: Tensor | None = None,
+    proxies: ProxyLayers | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
+    hidden_states: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Rows | None]:
     """Run all layers and the final norm.
 
     Args:
         model: language model with ``layers``, ``norm``, ``rotary_emb`` and ``config``.
-        method: which rows to drop.
+        method: which rows to drop; None for those in ``empty`` only.
         embeds: (B, S, D) new rows.
         rows: what they are, where they are a prompt; None drops nothing (decoding, text). Where
             weights are sharded over processes, give rows for a batch without images too: every
             process then runs the scoring layers' projections equally often.
+        empty: (B, S) True at rows that hold nothing, though the caller counts them; they leave
+            before the first layer. ``rows`` takes them for padding.
+        proxies: the ProxyV layers, where there are any.
         attention_mask: (B, past + S) over the whole sequence, where ``rows`` is None.
         position_ids: (B, S) positions in the whole sequence, where ``rows`` is None; counted over
             ``attention_mask`` if None.
         past_key_values: cache to fill and read, one that holds layers of different lengths.
+        hidden_states: a list that gets what enters each layer, rows that left being zero, and
+            the result, as stock models give them; where ``rows`` are given.
         **kwargs: passed to the layers.
 
     Returns:
@@ -101,50 +142,162 @@ def run_reduced(
         ), None
     if cached:
         raise ValueError(
-            f"reduction method {method.name!r} reads images in the first prompt only, but "
-            f"{cached} rows are cached: give the whole conversation at once, without a cache"
+            f"{_named(method)} reads images in the first prompt only, but {cached} rows are "
+            "cached: give the whole conversation at once, without a cache"
         )
-    return _read_prompt(model, method, embeds, rows, past_key_values, kwargs)
+    prompt = _Prompt(model, method, embeds, rows, empty, proxies, past_key_values)
+    return prompt.read(hidden_states, kwargs)
 
 
-def _read_prompt(
-    model: Any,
-    method: DecoderReduction,
-    hidden: Tensor,
-    rows: Rows,
-    past_key_values: Cache | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Rows]:
-    drops = method.drops(len(model.layers))
-    length = rows.valid.sum(dim=1, keepdim=True)
-    stages = [StageState(rows.valid, length - length)]
-    rope = model.rotary_emb(hidden, position_ids=rows.positions)
-    mask, kept = None, rows.valid
-    for index, layer in enumerate(model.layers):
-        for number, drop in enumerate(drops):
-            if drop.before != index:
-                continue
-            if drop.scoring == index:
-                kept = choose_rows(method, number, layer, hidden, rope, rows)
-            rows, hidden = _drop(rows, kept, hidden, method.renumber)
-            rope = model.rotary_emb(hidden, position_ids=rows.positions)
-            shift = length - rows.valid.sum(dim=1, keepdim=True)
-            stages.append(StageState(rows.valid, shift * method.renumber))
-            mask = None
-        for number, drop in enumerate(drops):
-            if drop.scoring == index and drop.before > index:
-                kept = choose_rows(method, number, layer, hidden, rope, rows)
-        if mask is None:  # one serves all layers of a stage; none where nothing is hidden
-            mask = _mask(model, hidden, rows.valid, past_key_values, index)
-        hidden = _run_layer(layer, hidden, mask, rows.positions, rope, past_key_values, kwargs)
-    if past_key_values is not None:
-        past_key_values.proxyv_stages = tuple(stages)  # type: ignore[attr-defined]
-    return model.norm(hidden), rows
+def _named(method: DecoderReduction | None) -> str:
+    return "token reduction" if method is None else f"reduction method {method.name!r}"
+
+
+class _Prompt:
+    """A prompt on its way through the layers.
+
+    ``hidden`` holds natural rows (B, S', D), or what one ProxyV layer hands to the next.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: DecoderReduction | None,
+        embeds: Tensor,
+        rows: Rows,
+        empty: Tensor | None,
+        proxies: ProxyLayers | None,
+        past_key_values: Cache | None,
+    ) -> None:
+        self.model, self.method, self.proxies = model, method, proxies
+        self.cache, self.hidden, self.rows = past_key_values, embeds, rows
+        self.length = embeds.shape[1]
+        self.layout = None if proxies is None else proxies.layout
+        counted = rows.valid if empty is None else rows.valid | empty
+        self.counted = counted.sum(dim=1, keepdim=True)  # (B, 1) rows as the caller counts them
+        if self.layout is not None:
+            self.anchors = rows.positions.gather(1, self.layout.proxy_anchor)
+        self.streams: Streams | None = None
+        self.stages: list[StageState] = []
+        if empty is None:
+            self._new_stage(renumbered=False)
+        else:
+            self.drop(rows.valid, renumber=True)
+
+    def read(
+        self, hidden_states: list[Tensor] | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Rows]:
+        """Run all layers and the norm."""
+        drops = () if self.method is None else self.method.drops(len(self.model.layers))
+        kept = self.rows.valid
+        for index in range(len(self.model.layers)):
+            for number, drop in enumerate(drops):
+                if drop.before != index:
+                    continue
+                assert self.method is not None, "a drop without a method"
+                if drop.scoring == index:
+                    kept = self.choose(number, index)
+                self.drop(kept, self.method.renumber)
+            for number, drop in enumerate(drops):
+                if drop.scoring == index and drop.before > index:
+                    kept = self.choose(number, index)
+            if hidden_states is not None:
+                hidden_states.append(self.rows.restore(self.natural(), self.length))
+            self.run_layer(index, kwargs)
+        hidden = self.model.norm(self.natural())
+        if hidden_states is not None:
+            hidden_states.append(self.rows.restore(hidden, self.length))
+        if self.cache is not None:
+            self.cache.proxyv_stages = tuple(self.stages)  # type: ignore[attr-defined]
+            self.cache.proxyv_rows = self.length  # type: ignore[attr-defined]
+        return hidden, self.rows
+
+    def natural(self) -> Tensor:
+        """(B, S', D) the rows in their order, without proxies."""
+        if not isinstance(self.hidden, tuple):
+            return self.hidden
+        _, main, full, _ = self.hidden
+        assert self.layout is not None, "streams without a layout"
+        return self.layout.join(main[:, main.shape[1] - self.layout.light_index.shape[1] :], full)
+
+    def choose(self, number: int, index: int) -> Tensor:
+        """What drop ``number`` leaves, judged by layer ``index``: (B, S') bool."""
+        assert self.method is not None, "a drop without a method"
+        layer = self.model.layers[index]
+        return choose_rows(self.method, number, layer, self.natural(), self.rope, self.rows)
+
+    def drop(self, kept: Tensor, renumber: bool) -> None:
+        """Drop rows: natural ones, or full tokens and their rows of the splat matrices."""
+        before, groups = self.rows, () if self.layout is None else self.layout.groups
+        self.rows, index = before.keep(kept, renumber)
+        if self.layout is not None:
+            self.layout, chosen = self.layout.keep(kept & before.valid, index)
+            if renumber:
+                self.anchors = self.rows.positions.gather(1, self.layout.proxy_anchor)
+        if isinstance(self.hidden, tuple):
+            assert self.layout is not None, "streams without a layout"
+            _, main, full, splats = self.hidden
+            full = take(full, chosen).masked_fill(~self.layout.full_valid[..., None], 0)
+            if splats is not None:
+                splats = _keep_splats(splats, chosen, groups, self.layout.groups)
+            self.hidden = (None, main, full, splats)
+        else:
+            # Padding is zero, so that no value of a dropped row lives on in it.
+            padding = ~self.rows.valid[..., None]
+            self.hidden = take(self.hidden, index).masked_fill(padding, 0)
+        self._new_stage(renumber)
+
+    def _new_stage(self, renumbered: bool) -> None:
+        """Note which rows the next layers have, and what to take from a position."""
+        shift = self.counted - self.rows.valid.sum(dim=1, keepdim=True)
+        if not renumbered:
+            shift = self.stages[-1].shift if self.stages else shift * 0
+        self.stages.append(StageState(self.rows.valid, shift))
+        some = self.hidden[1] if isinstance(self.hidden, tuple) else self.hidden
+        self.rope = self.model.rotary_emb(some, position_ids=self.rows.positions)
+        self.mask, self.streams = None, None
+
+    def run_layer(self, index: int, kwargs: dict[str, Any]) -> None:
+        """Run one layer; masks serve all layers of a stage."""
+        layer, rows = self.model.layers[index], self.rows
+        if self.proxies is not None and index >= self.proxies.start:
+            assert self.layout is not None, "ProxyV layers without a layout"
+            some = self.hidden[1] if isinstance(self.hidden, tuple) else self.hidden
+            if index == self.proxies.start:
+                self.layout = self.layout.without_empty_crops()
+            if self.streams is None or index == self.proxies.start:
+                self.streams = self.proxies.streams(self.layout, rows, some, self.anchors, index)
+            self.hidden = layer(
+                self.hidden, streams=self.streams, past_key_values=self.cache, **kwargs
+            )
+            return
+        assert not isinstance(self.hidden, tuple), "an ordinary layer behind a ProxyV layer"
+        if self.mask is None:  # None too where nothing is hidden
+            self.mask = _mask(self.model, self.hidden, rows.valid, self.cache, index)
+        self.hidden = _run_layer(
+            layer, self.hidden, self.mask, rows.positions, self.rope, self.cache, kwargs
+        )
+
+
+def _keep_splats(
+    splats: Sequence[Tensor],
+    chosen: Tensor,
+    before: Sequence[CropGroup],
+    after: Sequence[CropGroup],
+) -> tuple[Tensor, ...]:
+    """Rows of the splat matrices (B, C, n, m) of the full tokens that stay: (B, C, n', m)."""
+    kept, start = [], 0
+    parts = chosen.split([group.num_full for group in after], dim=1)
+    for splat, index, group in zip(splats, parts, before, strict=True):
+        rows = take(splat.flatten(1, 2), index - start)
+        kept.append(rows.unflatten(1, (group.num_crops, -1)))
+        start += group.num_full
+    return tuple(kept)
 
 
 def _continue(
     model: Any,
-    method: DecoderReduction,
+    method: DecoderReduction | None,
     hidden: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -184,13 +337,8 @@ def _continue(
         hidden = _run_layer(layer, hidden, mask, positions, rope, past_key_values, kwargs)
     if past_key_values is not None:
         past_key_values.proxyv_stages = tuple(new)  # type: ignore[attr-defined]
+        past_key_values.proxyv_rows = (rows_read(past_key_values) or cached) + S  # type: ignore[attr-defined]
     return model.norm(hidden)
-
-
-def _drop(rows: Rows, kept: Tensor, hidden: Tensor, renumber: bool) -> tuple[Rows, Tensor]:
-    rows, index = rows.keep(kept, renumber)
-    # Padding is zero, so that no value of a dropped row lives on in it.
-    return rows, take(hidden, index).masked_fill(~rows.valid[..., None], 0)
 
 
 def _mask(
