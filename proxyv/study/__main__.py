@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from proxyv.cli import run_command
-from proxyv.study import redundancy, table
+from proxyv.study import gallery, redundancy, table
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
   python -m proxyv.study redundancy --model runs/tiny-baseline/finetune --data data/tiny \\
       --tasks docvqa,chartqa --ratios 0,0.5,1
-  python -m proxyv.study table runs/eval/baseline runs/eval/atn-L12 runs/eval/atn_ffn-L12"""
+  python -m proxyv.study table runs/eval/baseline runs/eval/atn-L12 runs/eval/atn_ffn-L12
+  python -m proxyv.study gallery runs/eval/fastv runs/eval/proxyv-L12 --output gallery.html"""
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[..., int]]] = {
     "redundancy": (
@@ -27,6 +28,11 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         "what is lost and saved by skipping attention, or attention and FFN, from finished runs",
         table.add_options,
         table.run,
+    ),
+    "gallery": (
+        "questions that a reduced model gets wrong and another one does not, with what it kept",
+        gallery.add_options,
+        gallery.run,
     ),
 }
 
