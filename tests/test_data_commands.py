@@ -205,3 +205,35 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     assert run_command(main, ["check", "--annotations", str(tmp_path / "gone.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data.annotations: no file") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "runs/none"], "--model runs/none: no finished run"),
+        (["--tokenizer", "data/none", "--template", "v1"], "--tokenizer data/none: no such folder"),
+    ],
+)
+def test_folders_that_are_not_there_are_not_looked_for_on_the_hub(broken, capsys, given, message):
+    rows = broken[: broken.index("--tokenizer")] if "--tokenizer" in broken else broken
+    assert run_command(main, ["inspect", *rows, *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_streamed_set_is_shown_as_any_other(tmp_path, capsys):
+    import datasets
+
+    said = row("one", None, mark="")["conversations"]
+    image = {"bytes": picture("red"), "path": None}
+    said[0]["value"] = "<image>\n" + said[0]["value"]
+    table = datasets.Dataset.from_list([{"id": "one", "image": image, "conversations": said}])
+    table.to_parquet(tmp_path / "rows.parquet")
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    shown = []
+    for streaming in ([], ["--streaming"]):
+        words = ["--annotations", str(tmp_path / "rows.parquet"), *streaming, "--json"]
+        words += ["--tokenizer", str(tmp_path / "tokenizer"), "--template", "tiny"]
+        assert main(["inspect", *words, "--row", "0"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert " (streamed): row 0" in shown[1]["where"]
+    assert {**shown[0], "where": ""} == {**shown[1], "where": ""}

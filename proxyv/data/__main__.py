@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--write-clean", type=Path, help="write the usable rows: .jsonl, or .txt of row numbers"
     )
     check.add_argument("--examples", type=int, default=3, help="messages shown of each fault (3)")
-    check.add_argument("--workers", type=int, default=4, help="processes (4)")
+    cores = min(os.cpu_count() or 1, 4)
+    check.add_argument("--workers", type=int, default=cores, help=f"processes ({cores})")
     inspect = _command(commands, "inspect", "show one row as the model sees it")
     which = inspect.add_mutually_exclusive_group()
     which.add_argument("--row", type=int, default=0, help="number of the row (0)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from transformers import AddedToken, AutoTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -43,12 +44,17 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
 def processor_of(options: argparse.Namespace) -> ProxyVProcessor | None:
     """Tokenizer and crops of a run, or of a tokenizer with the given crops; None without either."""
     if options.model is not None:
+        if not (Path(options.model) / "processor_config.json").is_file():
+            raise FileNotFoundError(
+                f"--model {options.model}: no finished run (no processor_config.json there)"
+            )
         processor = ProxyVProcessor.from_pretrained(options.model)
         if options.image_aspect_ratio is not None:
             processor.image_aspect_ratio = options.image_aspect_ratio
         return processor
     if options.tokenizer is None:
         return None
+    _check_tokenizer(options.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
@@ -66,6 +72,13 @@ def processor_of(options: argparse.Namespace) -> ProxyVProcessor | None:
         patch_size=options.patch_size,
         image_aspect_ratio=options.image_aspect_ratio or "pad",
     )
+
+
+def _check_tokenizer(name: str) -> None:
+    """Refuse a folder that is not there, before the hub takes its name for an id."""
+    local = name.startswith((".", "/", "data/", "runs/")) or name.count("/") > 1
+    if local and not Path(name).is_dir():
+        raise FileNotFoundError(f"--tokenizer {name}: no such folder")
 
 
 def pipeline_of(options: argparse.Namespace, processor: ProxyVProcessor) -> RowPipeline:
