@@ -1,0 +1,109 @@
+"""The failure gallery: which questions, which patches are drawn, and the page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from proxyv.cli import run_command
+from proxyv.eval.__main__ import main as evaluate
+from proxyv.eval.answerer import Answerer
+from proxyv.reduction.tower import tower_states
+from proxyv.study.__main__ import main
+from proxyv.study.kept import draw_kept, kept_patches
+from tests.small_model import CROP_PX, PATCH_PX, save_small_model
+from tests.test_study import QUESTIONS, answer_rightly, world  # noqa: F401 - a fixture
+
+SIDE = CROP_PX // PATCH_PX
+FASTV = {"method": "fastv", "layer": 1, "ratio": 0.5}
+PRUMERGE = {"method": "prumerge"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    common = {"start_layer": None, "image_aspect_ratio": "anyres"}
+    return {
+        "fastv": save_small_model(folder / "fastv", reduction=FASTV, **common),
+        "prumerge": save_small_model(folder / "prumerge", reduction=PRUMERGE, **common),
+        "plain": save_small_model(folder / "plain", **common),
+    }
+
+
+def picture(width: int = 60) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (30, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def load(folder: Path) -> Answerer:
+    return Answerer.load(str(folder), device="cpu")
+
+
+def test_patches_that_a_drop_in_the_decoder_leaves(folders: dict[str, Path]) -> None:
+    kept = kept_patches(load(folders["fastv"]), "What?", [picture()])
+    assert kept is not None and kept.shape == (3, SIDE, SIDE)
+    assert int(kept.sum()) == 3 * SIDE**2 // 2
+    assert kept_patches(load(folders["plain"]), "What?", [picture()]) is None
+
+
+def test_patches_that_a_drop_in_the_tower_leaves(folders: dict[str, Path]) -> None:
+    answerer = load(folders["prumerge"])
+    kept = kept_patches(answerer, "What?", [picture()])
+    model = answerer.model.model
+    pixels = answerer.prepare(["What?"], [[picture()]])["pixel_values"][0]
+    with torch.no_grad():
+        states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layer = model.config.vision_feature_layer
+        method = model.config.reduction_method
+        found = method.reduce(tower_states(model.vision_tower, states, method, layer, True))
+    assert kept is not None
+    for crop, origin, valid in zip(kept, found.origin.tolist(), found.valid.tolist(), strict=True):
+        expected = {o for o, v in zip(origin, valid, strict=True) if v and o >= 0}
+        assert expected == set(crop.flatten().nonzero().flatten().tolist())
+        assert expected
+
+
+def test_dropped_patches_are_pale(folders: dict[str, Path]) -> None:
+    answerer = load(folders["fastv"])
+    black = Image.new("RGB", (60, 30))
+    kept = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
+    kept[0, 1, 2] = kept[2, 0, 0] = True
+    drawn = np.asarray(draw_kept(answerer, black, kept).convert("L"), dtype=int)
+    patch = PATCH_PX // 2  # the middle of a patch
+    assert drawn[PATCH_PX + patch, 2 * PATCH_PX + patch] < 10
+    assert drawn[PATCH_PX + patch, 3 * PATCH_PX + patch] > 180
+    second = drawn.shape[1] - CROP_PX  # where the last tile begins
+    assert drawn[patch, second + patch] < 10 < 180 < drawn[patch, second + PATCH_PX + patch]
+    plain = np.asarray(draw_kept(answerer, black, None).convert("L"), dtype=int)
+    assert plain[:, :CROP_PX].max() < 10
+
+
+def test_the_page_shows_what_reduction_gets_wrong(
+    folders: dict[str, Path],
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, right in (("fastv", 2), ("plain", 5)):
+        given = ["--model", str(folders[name]), "--data", str(world), "--tasks", "docvqa"]
+        assert evaluate([*given, "--output", str(tmp_path / name), "--device", "cpu"]) == 0
+        answer_rightly(tmp_path / name, right)
+    output = tmp_path / "page" / "gallery.html"
+    runs = [str(tmp_path / "fastv"), str(tmp_path / "plain")]
+    assert main(["gallery", *runs, "--output", str(output), "--samples", "2"]) == 0
+    page = output.read_text("utf-8")
+    assert "2 of 3 questions that fastv, baseline gets wrong" in page
+    assert f"of {QUESTIONS} that both were asked" in page
+    assert re.findall(r"docvqa, question (\d)", page) == ["2", "3"]
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert re.search(r"\d+ of 16 patches kept", page) or re.search(r"of 48 patches kept", page)
+    assert "http://" not in page and "<script" not in page
+
+    capsys.readouterr()
+    assert run_command(main, ["gallery", *runs[::-1], "--output", str(output)]) == 2
+    assert "its model has no token reduction" in capsys.readouterr().err
