@@ -104,7 +104,14 @@ def _folder(args: argparse.Namespace) -> str:
                 f"--{option.replace('_', '-')} is for stage-1 files (.bin, .safetensors), but "
                 f"SOURCE is {args.source}: leave it out"
             )
-    if is_release(args.source):
+    try:
+        release = is_release(args.source)
+    except OSError as error:
+        raise CommandError(
+            f"SOURCE {args.source}: no such folder with a config.json here, and not read from the "
+            f"hub ({error})"
+        ) from error
+    if release:
         return _from_release(args)
     kind = PreTrainedConfig.get_config_dict(args.source)[0].get("model_type")
     if kind == ProxyVConfig.model_type:

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -117,6 +118,7 @@ def test_a_release_loads_by_its_name(ours, theirs, inputs) -> None:
                                               if not p.requires_grad]  # fmt: skip
     assert model.generation_config.eos_token_id == [2, 7]
     processor = ProxyVProcessor.from_pretrained(folder)
+    assert type(processor.tokenizer) is type(AutoTokenizer.from_pretrained(folder))
     assert processor.chat_template == TEMPLATES["tiny"].chat_template()
     assert processor.image_token_id == model.config.image_token_index
     assert (processor.image_aspect_ratio, processor.crop_px, processor.side) == ("anyres", 32, 4)
@@ -348,6 +350,7 @@ def test_a_stage1_file_and_backbones_become_a_folder(ours, tmp_path) -> None:
         (["{tmp}/s.safetensors", "{tmp}/x.bin", "--start-layer", "2"], ["start_layer=1", "leave"]),
         (["{tmp}/s.bin", "{tmp}/x.safetensors"], ["holds 2 guided updates", "name the layer"]),
         (["{tmp}/llama", "{tmp}/x"], ["of type 'llama'", "llava_next"]),
+        (["{tmp}/none", "{tmp}/x"], ["/none: no such folder with a config.json"]),
     ],
 )
 def test_mistakes_are_one_line(ours, tmp_path, arguments, words, capsys) -> None:

@@ -185,7 +185,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_tokenizer(folder: str | Path, image_token: str = "<image>") -> Any:
     """The tokenizer of a folder, with an image token and the name of its chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {}
+    config = Path(folder, "config.json")
+    raw = json.loads(config.read_text()) if config.is_file() else {}
+    if raw.get("model_type") in _FAMILIES:  # else transformers warns of a type that it cannot know
+        options["config"] = PreTrainedConfig.from_dict(raw)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     vocabulary = tokenizer.get_vocab()
     if image_token not in vocabulary:
         tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)])
