@@ -18,6 +18,7 @@ __all__ = ["Chart", "Kind", "NumberFormat", "Plan", "draw_chart", "draw_plan"]
 Kind = Literal["bar", "hbar", "grouped", "line", "pie"]
 KINDS: tuple[Kind, ...] = ("bar", "hbar", "grouped", "line", "pie")
 KIND_SHARES = (0.29, 0.23, 0.12, 0.20, 0.16)
+SIZE_SHARES = (0.27, 0.28, 0.27, 0.18)  # of 2, 3, 4 and 5 categories
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MEASURES = (
     "sales", "prices", "exports", "imports", "output", "costs", "users", "orders", "scores",
@@ -101,8 +102,8 @@ def draw_plan(rng: np.random.Generator, small: bool = False) -> Plan:
         num_categories = 3 if kind == "pie" else int(rng.integers(2, 4))
         return Plan(kind, num_categories, 1, bool(rng.random() < 0.75))
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
-    # No more than 144 patches can show: of six bars the values could not be read any more.
-    num_categories, num_series, shown = int(rng.integers(3, 6)), 1, 0.6
+    # Few things: 144 patches and a language model of 5 M parameters shall be able to read them.
+    num_categories, num_series, shown = int(rng.choice((2, 3, 4, 5), p=SIZE_SHARES)), 1, 0.6
     if kind == "grouped":
         num_categories, num_series, shown = int(rng.integers(2, 4)), 2, 0.3
     elif kind == "line":
