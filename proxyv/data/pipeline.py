@@ -14,7 +14,6 @@ from proxyv.data.collator import Sample
 from proxyv.data.images import DataError
 from proxyv.data.rows import Row
 from proxyv.data.templates import Rendered, Renderer
-from proxyv.model.crops import num_image_tokens
 from proxyv.model.processing import ProxyVProcessor
 
 __all__ = ["FAILURE_POLICIES", "ImagePipeline", "RowPipeline"]
@@ -31,7 +30,7 @@ class ImagePipeline:
         inputs: images to ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,) and
             ``image_sizes`` (N, 2).
         count_crops: (height, width) of an image to its number of crops, without decoding it.
-        tokens_per_crop: s * s full tokens and one newline token.
+        tokens_per_crop: full tokens and the newline token of a crop.
     """
 
     inputs: Callable[[list[Image.Image]], dict[str, Any]]
@@ -44,7 +43,7 @@ class ImagePipeline:
         return cls(
             inputs=processor.image_inputs,
             count_crops=lambda size_hw: processor.crop_layout(size_hw).num_crops,
-            tokens_per_crop=num_image_tokens(1, processor.side),
+            tokens_per_crop=processor.tokens_per_crop,
         )
 
 

@@ -27,6 +27,8 @@ from proxyv.eval.sources import load_rows
 from proxyv.eval.tables import results_table
 from proxyv.eval.tasks import score_tasks
 from proxyv.eval.team import Team, join_team
+from proxyv.reduction.options import HELP as REDUCTION_HELP
+from proxyv.reduction.options import parse_options
 
 __all__ = ["main"]
 
@@ -55,6 +57,7 @@ groups of tasks, whose average is given as well:
     names = ", ".join([*BENCHMARKS, *GROUPS])
     add("--tasks", required=True, help=f"names with commas between: {names}")
     add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add("--reduction", help=f"{REDUCTION_HELP} (default: the model's own)")
     add("--output", type=Path, help="result folder (default: runs/eval/<model>[-<control>])")
     add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
     add("--limit", type=int, help="only the first N rows of each task")
@@ -92,8 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         attention=args.attn,
         device=args.device or _own_gpu(team),
         template=args.template,
+        **_reduction(args.reduction),
     )
-    output = args.output or _default_output(args.model, args.control)
+    output = args.output or _default_output(args.model, args.control, args.reduction)
     console = Console(
         stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not team.is_first
     )
@@ -124,8 +128,15 @@ def _own_gpu(team: Team) -> str | None:
     return f"cuda:{team.local_rank}" if team.size > 1 and torch.cuda.is_available() else None
 
 
-def _default_output(model: str, control: str | None) -> Path:
+def _reduction(given: str | None) -> dict[str, Any]:
+    """The argument of ``Answerer.load`` that the option makes, if it was given."""
+    return {} if given is None else {"reduction": parse_options(given)}
+
+
+def _default_output(model: str, control: str | None, reduction: str | None) -> Path:
     name = Path(model).name or Path(model).resolve().name
+    if reduction is not None:
+        name += f"-{(parse_options(reduction) or {}).get('method', 'none')}"
     return Path("runs", "eval", f"{name}-{control}" if control else name)
 
 

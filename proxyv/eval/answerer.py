@@ -60,6 +60,7 @@ class Answerer:
         attention: str = "sdpa",
         device: str | None = None,
         template: str = "auto",
+        **fields: Any,
     ) -> Answerer:
         """Load a model folder, or a model of the hub.
 
@@ -69,6 +70,7 @@ class Answerer:
             attention: a name in `ATTENTION`.
             device: ``cpu``, ``cuda``, ``cuda:1``; the first GPU where there is one by default.
             template: see the class.
+            **fields: fields of the model's configuration to set otherwise, such as ``reduction``.
 
         Raises:
             CommandError: no such folder, or an option that does not exist.
@@ -84,12 +86,19 @@ class Answerer:
         kind = _model_type(name)
         options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
         if kind == STOCK:
+            if fields:
+                raise CommandError(
+                    f"--model {name}: {', '.join(fields)} cannot be set for a stock LLaVA-NeXT "
+                    "model, whose image rows are no crops: use a model of this package"
+                )
             model, processor = read_stock(name, **options)
             if template == "auto":
                 template = suggested_template(processor) or _no_template(name)
             return cls(model.to(place), processor, template)
         processor = _load_processor(name)  # first, for it is the sooner to fail
-        return cls(_load_weights(name, kind, options).to(place), processor, template)
+        model = _load_weights(name, kind, {**options, **fields})
+        processor.follow(model.config)
+        return cls(model.to(place), processor, template)
 
     @property
     def device(self) -> torch.device:
@@ -107,11 +116,13 @@ class Answerer:
 
     def describe(self) -> dict[str, Any]:
         """What the answers depend on besides the weights."""
+        reduction = getattr(self.model.config, "reduction", None)
         return {
             "template": self.renderer.template.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "device": self.device.type,
+            **({} if reduction is None else {"reduction": dict(reduction)}),
         }
 
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:

@@ -67,6 +67,8 @@ class ProxyVProcessor(LlavaNextProcessor):
         image_aspect_ratio: "pad" or "anyres"; a call may override it.
         packing: how an image becomes tokens, as in the model's configuration.
         video_pool: patches p a side of a video frame that the model averages to one token.
+        crop_tokens: full tokens of a crop, where token reduction leaves fewer than s*s of them
+            before the decoder; ``follow`` sets it as a model's configuration wants it.
         **kwargs: passed on.
 
     Raises:
@@ -86,6 +88,7 @@ class ProxyVProcessor(LlavaNextProcessor):
         image_aspect_ratio: str = "anyres",
         packing: str = "crops",
         video_pool: int = 2,
+        crop_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         _one_of("image_aspect_ratio", image_aspect_ratio, ASPECT_RATIOS)
@@ -100,6 +103,7 @@ class ProxyVProcessor(LlavaNextProcessor):
         self.image_aspect_ratio = image_aspect_ratio
         self.packing = packing
         self.video_pool = video_pool
+        self.crop_tokens = crop_tokens
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(
@@ -148,6 +152,16 @@ class ProxyVProcessor(LlavaNextProcessor):
         return self.crop_px // self.patch_size
 
     @property
+    def tokens_per_crop(self) -> int:
+        """Rows of the sequence that one crop takes: its full tokens and its newline."""
+        return (self.crop_tokens or self.side**2) + 1
+
+    def follow(self, config: Any) -> None:
+        """Reserve as many tokens for a crop as a model with this ``ProxyVConfig`` expects."""
+        tokens = config.crop_tokens
+        self.crop_tokens = None if tokens == self.side**2 else tokens
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of everything a call can return."""
         images = ["pixel_values", "num_crops", "image_sizes", "pool_sizes"]
@@ -178,6 +192,8 @@ class ProxyVProcessor(LlavaNextProcessor):
             num_crops, pool = int(inputs["num_crops"][image]), 1 if pools is None else pools[image]
             if self.packing == "llava_next" and num_crops > 1:
                 counts.append(self.num_image_tokens((height, width), "anyres"))
+            elif int(pool) == 1:
+                counts.append(num_crops * self.tokens_per_crop)
             else:
                 counts.append(num_image_tokens(num_crops, pooled_side(self.side, int(pool))))
         return counts
@@ -185,7 +201,7 @@ class ProxyVProcessor(LlavaNextProcessor):
     def _num_tokens(self, size_hw: tuple[int, int], cut: CropLayout) -> int:
         if self.packing == "llava_next":
             return num_unpadded_tokens(size_hw, cut.grid_hw, self.side)
-        return num_image_tokens(cut.num_crops, self.side)
+        return cut.num_crops * self.tokens_per_crop
 
     def image_inputs(self, images: Any, image_aspect_ratio: str | None = None) -> dict[str, Any]:
         """Turn images into model inputs.

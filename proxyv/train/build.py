@@ -138,6 +138,8 @@ def _default_folder(model: ModelSettings, stage: str) -> Path:
     suffix = "" if model.skip is None else f"-{model.skip}"
     if model.start_layer is None:
         suffix = "-baseline"
+    if model.reduction:
+        suffix += f"-{model.reduction.get('method')}"
     return Path("runs") / f"{model.name}{suffix}" / stage
 
 
@@ -198,6 +200,7 @@ def _options(model: ModelSettings) -> dict[str, Any]:
         "layout": model.layout,
         "guided_ratio": model.guided_ratio,
         "vision_feature_layer": model.vision_feature_layer,
+        "reduction": model.reduction or None,
     }
 
 
@@ -276,7 +279,7 @@ def _processor(settings: Settings, tokenizer: Any, config: Any) -> ProxyVProcess
         image_mean=list(mean),
         image_std=list(std),
     )
-    return ProxyVProcessor(
+    processor = ProxyVProcessor(
         image_processor,
         tokenizer,
         patch_size=config.vision_config.patch_size,
@@ -284,6 +287,8 @@ def _processor(settings: Settings, tokenizer: Any, config: Any) -> ProxyVProcess
         chat_template=tokenizer.chat_template,
         image_aspect_ratio=settings.data.image_aspect_ratio,
     )
+    processor.follow(config)
+    return processor
 
 
 def _pixel_statistics(vision: str) -> tuple[Any, Any]:

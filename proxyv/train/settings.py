@@ -122,7 +122,16 @@ class ModelSettings:
         low=0.001,
         high=4.0,
     )
-    vision_feature_layer: int = option(-2, "hidden state of the vision tower that is used")
+    vision_feature_layer: Any = field(
+        default=-2,
+        metadata=_about("hidden state of the vision tower that is used; tokenpacker takes a list"),
+    )
+    reduction: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_about(
+            "token reduction: method=fastv and its options, see proxyv/reduction; empty for none"
+        ),
+    )
     template: str = option("v1", "chat template; see proxyv/model/chat_templates.py")
     dtype: str = option(
         "bfloat16",
