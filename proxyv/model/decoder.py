@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.masks import masked_attention
+from proxyv.model.passes import extend_cache, normalise, rotate
 from proxyv.model.proxies import (
     ProxyInitializer,
     join_groups,
@@ -41,7 +42,6 @@ __all__ = [
     "ProxyVLayerMixin",
     "Streams",
     "WeightsTap",
-    "rotate",
 ]
 
 
@@ -68,6 +68,20 @@ class DecoderOptions:
     learned_proxies: int | None = None
     reduction: DecoderReduction | None = None
     skip: str | None = None
+
+    @classmethod
+    def of(cls, config: Any, reduction: DecoderReduction | None = None) -> DecoderOptions:
+        """What a ``ProxyVConfig`` says."""
+        return cls(
+            start_layer=config.start_layer,
+            side_reduction=config.side_reduction,
+            downsample=config.downsample,
+            guided_width=config.guided_width,
+            released=config.layout == "released",
+            learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
+            reduction=reduction,
+            skip=config.skip,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,16 +130,6 @@ class WeightsTap(nn.Module):
     def forward(self, weights: Tensor) -> Tensor:
         """(B, H, S, K) -> the same."""
         return weights
-
-
-def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to (B, H, N, h); widths beyond the rotary one stay as they are."""
-    cos, sin = rope[0][:, None], rope[1][:, None]
-    width = cos.shape[-1]
-    turned, rest = heads[..., :width], heads[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class ProxyVLayerMixin:
@@ -301,7 +305,7 @@ class ProxyVLayerMixin:
         """
         attn, layout = self.self_attn, streams.layout
         query, key, value = self._project(self.input_layernorm(main), True)
-        _, key_full, value_full = self._project(self.input_layernorm(full), False)
+        _, key_full, value_full = self._project(normalise(self.input_layernorm, full), False)
         assert query is not None, "a projection with queries gave none"
         cos, sin = streams.rope_main
         rope = (cos[:, -main.shape[1] :], sin[:, -main.shape[1] :])
@@ -312,7 +316,7 @@ class ProxyVLayerMixin:
             keys = layout.join(light_key, key_full)
             values = layout.join(light_value, value_full)
             if past_key_values is not None:
-                keys, values = past_key_values.update(keys, values, attn.layer_idx)
+                keys, values = extend_cache(past_key_values, keys, values, attn.layer_idx)
         else:
             keys = torch.cat([light_key, key_full], dim=2)
             values = torch.cat([light_value, value_full], dim=2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from proxyv.model.layout import CropGroup
 from proxyv.model.linear import FreshLinear
+from proxyv.model.passes import add_to, normalise
 from proxyv.model.proxies import add_by_splat, add_to_blocks, join_groups, split_groups
 
 __all__ = ["GuidedUpdate"]
@@ -130,8 +131,8 @@ class GuidedUpdate(nn.Module):
                     )
                 ]
             )
-        hidden = torch.nn.functional.silu(hidden)
-        return self.norm(full + self.output_proj(hidden))
+        hidden = torch.nn.functional.silu(hidden, inplace=not torch.is_grad_enabled())
+        return normalise(self.norm, add_to(self.output_proj(hidden), full))
 
 
 def _folded(outer: nn.Module, inner: nn.Module) -> Tensor:

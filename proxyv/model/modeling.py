@@ -102,16 +102,8 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         width = config.text_config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / math.sqrt(width))
         self.vocab_size = config.text_config.vocab_size
-        options = DecoderOptions(
-            start_layer=config.start_layer,
-            side_reduction=config.side_reduction,
-            downsample=config.downsample,
-            guided_width=config.guided_width,
-            released=config.layout == "released",
-            learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
-            reduction=self.reduction if isinstance(self.reduction, DecoderReduction) else None,
-            skip=config.skip,
-        )
+        inside = self.reduction if isinstance(self.reduction, DecoderReduction) else None
+        options = DecoderOptions.of(config, inside)
         self.language_model = build_language_model(config.text_config, options)
         self.post_init()
 

@@ -149,7 +149,7 @@ def build_arms(
         stock = AutoModel.from_config(text, dtype=dtype, attn_implementation=attention)
         arms = [Arm("baseline", with_start(config, None), stock)]
         for chosen in configs:
-            model = build_language_model(text, _options(chosen)).to(dtype)
+            model = build_language_model(text, DecoderOptions.of(chosen)).to(dtype)
             model.set_attn_implementation(attention)
             model.load_state_dict(stock.state_dict(), strict=False, assign=True)
             arms.append(Arm(arm_name(chosen), chosen, model))
@@ -168,16 +168,3 @@ def make_inputs(config: ProxyVConfig, row: RowTokens, batch: int, like: Tensor) 
     grid = ImageGrid(row.crops, config.side, row.crops * config.tokens_per_crop)
     image = [ImageSpan(row.text // 2, grid)] if row.crops else []
     return Inputs(row, draw(length), draw(1), [image] * batch)
-
-
-def _options(config: ProxyVConfig) -> DecoderOptions:
-    """What the decoder has to know of the configuration."""
-    return DecoderOptions(
-        start_layer=config.start_layer,
-        side_reduction=config.side_reduction,
-        downsample=config.downsample,
-        guided_width=config.guided_width,
-        released=config.layout == "released",
-        learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
-        skip=config.skip,
-    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxyv.model.decoder import rotate
+from proxyv.model.passes import rotate
 from proxyv.reduction.rows import Rows, take
 
 __all__ = [
