@@ -9,8 +9,17 @@ S x S, guided updates unfolded, the last layer like the others.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+from proxyv.model.reduction_flops import (
+    full_tokens,
+    packer_flops,
+    scoring_flops,
+    tower_method_flops,
+)
+from proxyv.reduction.base import ProjectorReduction
 
 __all__ = ["RowTokens", "kv_cache_bytes", "paper_flops", "run_flops"]
 
@@ -24,12 +33,14 @@ class RowTokens:
         text: tokens that are not of images.
         past: tokens that a cache holds already; such a row brings no image.
         side: crop side in tokens; None for the model's own (frames of videos have less).
+        kept: full tokens of each crop, where the image decides what a method leaves of it.
     """
 
     crops: int
     text: int
     past: int = 0
     side: int | None = None
+    kept: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("crops", "text", "past"):
@@ -80,7 +91,8 @@ class _Shape:
             )
         text = config.text_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        side = row.side or config.side
+        side = row.side or config.crop_side
+        tokens = row.kept or (config.crop_tokens if row.side is None else row.side**2)
         per_crop = config.num_proxies(side) if config.start_layer is not None else 0
         return cls(
             width=text.hidden_size,
@@ -88,7 +100,7 @@ class _Shape:
             key=head * text.num_key_value_heads,
             ffn=text.intermediate_size,
             hidden=config.guided_width,
-            full=row.crops * side**2,
+            full=row.crops * tokens,
             light=row.crops + row.text,
             proxies=row.crops * per_crop,
             crop_proxies=per_crop,
@@ -144,11 +156,21 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
     """
     shape = _Shape.of(config, row)
     layers = config.text_config.num_hidden_layers
-    ordinary = shape.natural * shape.linear() + shape.attention(shape.natural**2)
-    if fused_qkv:
-        ordinary += shape.natural * shape.keys(fused=True)
-    if config.start_layer is None or not row.crops:
-        return layers * ordinary
+    start = layers if config.start_layer is None or not row.crops else config.start_layer
+    left = full_tokens(config.reduction_method, shape.full, layers)
+    stages = [dataclasses.replace(shape, full=full) for full in left]
+    ordinary = sum(_paper_ordinary(stage, fused_qkv) for stage in stages[:start])
+    return ordinary + sum(_paper_proxyv(config, stage, fused_qkv) for stage in stages[start:])
+
+
+def _paper_ordinary(shape: _Shape, fused_qkv: bool) -> int:
+    """An ordinary layer as the paper counts it."""
+    flops = shape.natural * shape.linear() + shape.attention(shape.natural**2)
+    return flops + (shape.natural * shape.keys(fused=True) if fused_qkv else 0)
+
+
+def _paper_proxyv(config: Any, shape: _Shape, fused_qkv: bool) -> int:
+    """A ProxyV layer, or one that skips, as the paper counts it."""
     main = shape.proxies + shape.light
     inner = shape.full * shape.keys(fused=fused_qkv) + main * shape.linear()
     if config.skip is None:
@@ -157,9 +179,7 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
     else:
         inner += shape.full * shape.skipping(config.skip)
     inner += shape.attention(main * (shape.natural + shape.proxies))
-    if fused_qkv:
-        inner += main * shape.keys(fused=True)
-    return config.start_layer * ordinary + (layers - config.start_layer) * inner
+    return inner + (main * shape.keys(fused=True) if fused_qkv else 0)
 
 
 def run_flops(
@@ -193,25 +213,34 @@ def run_flops(
     text, start = config.text_config, config.start_layer
     layers = text.num_hidden_layers
     causal = causal and (config.layout == "natural" or not row.crops)
-    pairs = shape.natural * (shape.natural + shape.past)
-    if causal:
-        pairs = shape.natural * shape.past + shape.natural * (shape.natural + 1) // 2
-    ordinary = shape.natural * shape.linear() + shape.attention(pairs)
+    method, fused = config.reduction_method, text.model_type == "phi3"
+    left = full_tokens(method, shape.full, layers)
+    stages = [dataclasses.replace(shape, full=full) for full in left]
+    start = layers if start is None or not row.crops else start
+    widths = (shape.width, shape.query, shape.key)
+    decoder = scoring_flops(method, left, shape.light, widths, fused)
+    decoder += sum(_ordinary(stage, causal) for stage in stages[:start])
     guided = 0
-    decoder = layers * ordinary
-    if start is not None and row.crops:
-        inner, last = _proxyv_layers(shape, fused=text.model_type == "phi3")
-        updated = layers - start - 1
-        decoder = start * ordinary + updated * inner + last
+    for number, stage in enumerate(stages[start:], start):
+        inner, last = _proxyv_layers(stage, fused)
+        if number == layers - 1:
+            decoder += last
+            continue
+        decoder += inner
         if config.skip is None:
-            guided = _guided_updates(config, shape, updated, folded)
+            guided += _guided_update(config, stage, folded, makes=number == start)
         elif config.skip == "atn_ffn":
-            guided = updated * shape.full * shape.skipping("atn_ffn")
+            guided += stage.full * stage.skipping("atn_ffn")
         else:
-            decoder += updated * shape.full * shape.skipping("atn")
+            decoder += stage.full * stage.skipping("atn")
+    per_crop = shape.full // max(1, row.crops)
+    tower = _tower(config) + tower_method_flops(config, method, per_crop)
+    projector = _projector(config, shape.full)
+    if isinstance(method, ProjectorReduction):
+        projector = row.crops * packer_flops(config, method)
     return {
-        "vision_tower": row.crops * _tower(config),
-        "projector": _projector(config, shape.full),
+        "vision_tower": row.crops * tower,
+        "projector": projector,
         "language_model": decoder,
         "proxyv": guided,
         "lm_head": 2 * head_rows * shape.width * text.vocab_size,
@@ -226,6 +255,14 @@ def kv_cache_bytes(config: Any, tokens: int, bytes_per_value: int) -> int:
     return tokens * text.num_hidden_layers * per_layer * bytes_per_value
 
 
+def _ordinary(shape: _Shape, causal: bool) -> int:
+    """An ordinary layer as it runs."""
+    pairs = shape.natural * (shape.natural + shape.past)
+    if causal:
+        pairs = shape.natural * shape.past + shape.natural * (shape.natural + 1) // 2
+    return shape.natural * shape.linear() + shape.attention(pairs)
+
+
 def _proxyv_layers(shape: _Shape, fused: bool) -> tuple[int, int]:
     """A ProxyV layer without its guided update; the last one, which has no proxies."""
     keys = shape.full * shape.keys(fused)
@@ -235,27 +272,29 @@ def _proxyv_layers(shape: _Shape, fused: bool) -> tuple[int, int]:
     return inner, last + shape.attention(shape.light * shape.natural)
 
 
-def _guided_updates(config: Any, shape: _Shape, layers: int, folded: bool) -> int:
-    """The guided updates of so many layers, and making learned proxies."""
+def _guided_update(config: Any, shape: _Shape, folded: bool, makes: bool) -> int:
+    """The guided update of one layer, and making learned proxies where it is the first."""
     width, hidden = shape.width, shape.hidden
     merge = 0 if folded else hidden**2
     flops = 2 * shape.full * (2 * width * hidden + merge)
     flops += 2 * shape.proxies * (width * hidden + merge)
-    flops *= layers
-    if config.proxy_kind == "learned" and layers:
+    if config.proxy_kind == "learned":
         pairs = shape.full * shape.crop_proxies
-        flops += 2 * shape.full * width * hidden + 2 * pairs * (hidden + width)
-        flops += layers * 2 * pairs * hidden
+        flops += 2 * pairs * hidden
+        if makes:
+            flops += 2 * shape.full * width * hidden + 2 * pairs * (hidden + width)
     return flops
 
 
 def _tower(config: Any) -> int:
     """One crop through the vision tower; the patches, and all layers, for all are run."""
     vision = config.vision_config
-    width, tokens = vision.hidden_size, config.side**2 + 1
-    patches = 2 * (tokens - 1) * 3 * vision.patch_size**2 * width
+    method = config.reduction_method
+    patches = config.crop_tokens if method is not None and method.stage == "image" else None
+    width, tokens = vision.hidden_size, (patches or config.side**2) + 1
+    embedding = 2 * (tokens - 1) * 3 * vision.patch_size**2 * width
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
-    return patches + vision.num_hidden_layers * (layer + 4 * tokens**2 * width)
+    return embedding + vision.num_hidden_layers * (layer + 4 * tokens**2 * width)
 
 
 def _projector(config: Any, rows: int) -> int:
