@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from proxyv.cli import run_command
-from proxyv.study import gallery, redundancy, table
+from proxyv.study import comparison, gallery, redundancy, table
 
 __all__ = ["main"]
 
@@ -16,7 +16,9 @@ _EXAMPLES = """examples:
   python -m proxyv.study redundancy --model runs/tiny-baseline/finetune --data data/tiny \\
       --tasks docvqa,chartqa --ratios 0,0.5,1
   python -m proxyv.study table runs/eval/baseline runs/eval/atn-L12 runs/eval/atn_ffn-L12
-  python -m proxyv.study gallery runs/eval/fastv runs/eval/proxyv-L12 --output gallery.html"""
+  python -m proxyv.study gallery runs/eval/fastv runs/eval/proxyv-L12 --output gallery.html
+  python -m proxyv.study compare base=runs/base fastv=runs/base@method=fastv,layer=2,ratio=0.5 \
+      proxyv=runs/proxyv --data data/tiny --tasks docvqa,chartqa"""
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[..., int]]] = {
     "redundancy": (
@@ -33,6 +35,11 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         "questions that a reduced model gets wrong and another one does not, with what it kept",
         gallery.add_options,
         gallery.run,
+    ),
+    "compare": (
+        "score, FLOPs, time and memory of models and of token-reduction methods in one table",
+        comparison.add_options,
+        comparison.run,
     ),
 }
 

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         attention=settings["attention"],
         device=args.device,
         template=settings["template"],
+        reduction=method.options(),  # which an evaluation may have set for an unreduced model
     )
     warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     samples = [

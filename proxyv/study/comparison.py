@@ -1,0 +1,193 @@
+"""Any number of models or token-reduction methods side by side: score, FLOPs, time, memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from proxyv.cli import CommandError
+from proxyv.eval.answerer import Answerer, check_model_name
+from proxyv.eval.benchmarks import select
+from proxyv.eval.runner import RunOptions
+from proxyv.eval.sources import Rows, load_rows
+from proxyv.eval.stored import StoredRun, load_run
+from proxyv.eval.tasks import score_tasks
+from proxyv.profiling.report import Plot, Report
+from proxyv.reduction.options import parse_options
+from proxyv.study.cost import Cost, measure_cost
+from proxyv.study.scores import difference, model_config, run_name, score_run, shared_tasks
+
+__all__ = ["Entry", "add_options", "comparison_report", "parse_entry", "run"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to compare.
+
+    Attributes:
+        name: of its row and its folder.
+        model: folder or hub id.
+        fields: of its configuration that are set otherwise.
+    """
+
+    name: str
+    model: str
+    fields: dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m proxyv.study compare``."""
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="+",
+        metavar="NAME=MODEL[@REDUCTION]",
+        help="a model folder under a name of its own, and what to reduce it by: method=fastv,"
+        "layer=2,ratio=0.5, or as JSON, or none; the first one is what the others are compared to",
+    )
+    add("--tasks", required=True, help="as of python -m proxyv.eval, such as docvqa,chartqa")
+    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add("--output", type=Path, default=Path("runs", "study", "compare"), help="folder")
+    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
+    add("--limit", type=int, help="only the first N rows of each task")
+    add("--crops", type=int, default=5, help="of the prompt whose cost is measured (default: 5)")
+    add("--text", type=int, default=50, help="its text tokens (default: 50)")
+    add("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    add("--dtype", help="default: bfloat16 on a GPU, else float32")
+    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+    add("--overwrite", action="store_true", help="start again, discard results in the folder")
+    add("--json", action="store_true", help="print JSON instead of the table")
+
+
+def parse_entry(given: str) -> Entry:
+    """Read ``NAME=MODEL`` or ``NAME=MODEL@REDUCTION``.
+
+    Raises:
+        CommandError: another form.
+    """
+    name, sign, rest = given.partition("=")
+    model, reduced, options = rest.partition("@")
+    if not sign or not name or not model or "/" in name or name.startswith("."):
+        raise CommandError(f"{given!r}: write NAME=MODEL or NAME=MODEL@method=fastv,layer=2")
+    return Entry(name, model, {"reduction": parse_options(options)} if reduced else {})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score every model that the folder does not hold yet, measure all, and write the table."""
+    entries = [parse_entry(given) for given in args.models]
+    for name in ("crops", "text", "repeats"):
+        if getattr(args, name) < 1:
+            raise CommandError(f"--{name} {getattr(args, name)}: must be at least 1")
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        raise CommandError(f"{', '.join(names)}: give each model a name of its own")
+    benchmarks = select(args.tasks)
+    options = RunOptions(args.batch_size, args.limit)
+    for entry in entries:
+        check_model_name(entry.model)
+    tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
+    warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    found = [_look_at(entry, args, tables, options, warn) for entry in entries]
+    report = comparison_report(
+        names, [run_ for run_, _ in found], [cost for _, cost in found], list(tables)
+    )
+    report.settings.update(
+        {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    )
+    report.save(args.output)
+    report.print(args.json)
+    warn(f"written: {args.output / report.name}.json, .md and .png")
+    return 0
+
+
+def _look_at(
+    entry: Entry,
+    args: argparse.Namespace,
+    tables: dict[str, Rows],
+    options: RunOptions,
+    warn: Callable[[str], None],
+) -> tuple[StoredRun, Cost]:
+    """Score a model and measure it; only one is in memory at a time."""
+    answerer = Answerer.load(
+        entry.model,
+        dtype=args.dtype,
+        attention=args.attn,
+        device=args.device,
+        template=args.template,
+        **entry.fields,
+    )
+    folder = args.output / entry.name
+    warn(f"{entry.name}: {folder}")
+    score_tasks(
+        entry.model,
+        answerer,
+        tables,
+        options,
+        folder,
+        warn,
+        data=args.data,
+        overwrite=args.overwrite,
+    )
+    return load_run(folder), measure_cost(answerer.model, args.crops, args.text, args.repeats)
+
+
+def comparison_report(
+    names: Sequence[str], runs: Sequence[StoredRun], costs: Sequence[Cost], tasks: Sequence[str]
+) -> Report:
+    """The table.
+
+    Args:
+        names: of the models; the first one is what the others are compared to.
+        runs: their finished runs.
+        costs: what a prompt costs each.
+        tasks: the tasks whose scores are averaged.
+    """
+    known = shared_tasks(runs)
+    chosen = [task for task in tasks if task in known]
+    scores = [score_run(run_, chosen) for run_ in runs]
+    rows: list[dict[str, Any]] = []
+    for name, run_, score, cost in zip(names, runs, scores, costs, strict=True):
+        gap = difference(score, scores[0])
+        method = model_config(run_).reduction_method
+        rows.append(
+            {
+                "name": name,
+                "model": run_name(run_) + (f", {method.name}" if method else ""),
+                "score %": score.value,
+                "from": score.interval[0],
+                "to": score.interval[1],
+                "gap": gap.value,
+                "p": gap.p_value,
+                "GFLOPs": cost.decoder_flops / 1e9,
+                "saved %": 100 * (1 - cost.decoder_flops / costs[0].decoder_flops),
+                "prefill ms": 1000 * cost.prefill.median,
+                "spread ms": 1000 * cost.prefill.spread,
+                "time saved %": 100 * (1 - cost.prefill.median / costs[0].prefill.median),
+                "peak MiB": cost.peak_bytes / _MIB,
+            }
+        )
+    return Report(
+        name="compare",
+        title=f"Models side by side, the first is {names[0]}",
+        rows=rows,
+        notes=f"Score: mean of {', '.join(chosen)}, with its 95 % bootstrap interval; gap to the "
+        "first, p from a paired permutation test. FLOPs: counted in the decoder with eager "
+        "attention (S x S), guided updates folded. Prefill: vision tower, decoder and one row of "
+        "logits, median and spread of the repeats; models are measured one after another. Peak: "
+        "above the weights.",
+        plot=Plot(
+            x=list(names),
+            series={"score": [score.value for score in scores]},
+            y_label="score, %",
+            intervals={"score": [score.interval for score in scores]},
+        ),
+    )
