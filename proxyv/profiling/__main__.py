@@ -27,6 +27,7 @@ from proxyv.profiling.limits import limits_report
 from proxyv.profiling.paper import PAPER
 from proxyv.profiling.report import Report
 from proxyv.profiling.shapes import from_preset, from_shape, start_layers, with_start
+from proxyv.reduction.options import HELP, parse_options
 
 __all__ = ["main"]
 
@@ -91,6 +92,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         add("--text", type=int, default=50, help="text tokens (default: 50)")
     add("--attn", choices=_ATTENTION, default="sdpa", help="of all arms (default: sdpa)")
     if command == "flops":
+        add("--reduction", action="append", default=[], help=f"also models with {HELP}; repeatable")
         return
     add("--batch", type=int, default=1, help="rows (default: 1)")
     add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, else float32")
@@ -148,7 +150,10 @@ def _models(args: argparse.Namespace) -> list[tuple[str, ProxyVConfig, Sequence[
 def _flops(args: argparse.Namespace) -> Report:
     row = RowTokens(args.crops, args.text)
     options = {"proxy_kind": args.proxy_kind}
-    return flops_report(_models(args), row, args.attn != "eager", options, _skips(args.skip))
+    methods = [method for text in args.reduction if (method := parse_options(text)) is not None]
+    return flops_report(
+        _models(args), row, args.attn != "eager", options, _skips(args.skip), methods
+    )
 
 
 def _measure(args: argparse.Namespace) -> Report:

@@ -26,6 +26,7 @@ def flops_report(
     causal: bool,
     options: dict[str, Any],
     skips: Sequence[str] = (),
+    reductions: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """FLOPs of a prefill, in the paper's convention and as our code runs.
 
@@ -35,6 +36,7 @@ def flops_report(
         causal: causal attention is counted once, as fused kernels compute it.
         options: other fields of ``ProxyVConfig``.
         skips: what vision tokens skip in further arms, "atn" or "atn_ffn".
+        reductions: token-reduction methods of further arms, alone and with ProxyV layers.
     """
     rows: list[dict[str, Any]] = []
     stated = row == PAPER_ROW and options.get("proxy_kind", "spatial") == "spatial"
@@ -42,6 +44,11 @@ def flops_report(
         fused = name in FUSED_QKV or config.text_config.model_type == "phi3"
         base: tuple[int, int] | None = None
         further = [(start, {"skip": skip}) for skip in skips for start in starts]
+        further += [
+            (start, {**options, "reduction": method})
+            for method in reductions
+            for start in (None, *starts)
+        ]
         for start, fields in [(s, options) for s in (None, *starts)] + further:
             chosen = with_start(config, start, **fields)
             counts = (
@@ -84,7 +91,7 @@ def flops_report(
 
 def _stated(name: str, config: ProxyVConfig) -> PaperFigures | None:
     """What the paper says of a model, None where it says nothing."""
-    if config.start_layer is None:
+    if config.start_layer is None or config.reduction is not None:
         return None
     if config.skip is None:
         return PAPER.get(name, {}).get(config.start_layer)

@@ -89,11 +89,12 @@ def with_start(config: ProxyVConfig, start: int | None, **options: Any) -> Proxy
 
 
 def arm_name(config: ProxyVConfig) -> str:
-    """What tables call a model: baseline, ProxyV-L12, ATN-L12 or ATN+FFN-L12."""
+    """What tables call a model: baseline, ProxyV-L12, ATN-L12, visionzip, ProxyV-L12+visionzip."""
+    method = config.reduction_method
     if config.start_layer is None:
-        return "baseline"
+        return "baseline" if method is None else method.name
     kind = {None: "ProxyV", "atn": "ATN", "atn_ffn": "ATN+FFN"}[config.skip]
-    return f"{kind}-L{config.start_layer}"
+    return f"{kind}-L{config.start_layer}" + ("" if method is None else f"+{method.name}")
 
 
 def start_layers(given: str | None, preset: str | None, config: ProxyVConfig) -> Sequence[int]:
