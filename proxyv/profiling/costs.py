@@ -43,7 +43,9 @@ def flops_report(
     for name, config, starts in models:
         fused = name in FUSED_QKV or config.text_config.model_type == "phi3"
         base: tuple[int, int] | None = None
-        further = [(start, {"skip": skip}) for skip in skips for start in starts]
+        further: list[tuple[int | None, dict[str, Any]]] = [
+            (start, {"skip": skip}) for skip in skips for start in starts
+        ]
         further += [
             (start, {**options, "reduction": method})
             for method in reductions
