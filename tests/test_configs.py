@@ -15,8 +15,8 @@ from proxyv.train.dry_run import dry_run
 from proxyv.train.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ROOT / "configs" / "cards"  # what several configs add
-FILES = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent != PARTS)
+OTHERS = ("cards", "reproduce")  # what several configs add, and tables of arms
+FILES = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name not in OTHERS)
 MODELS = {  # start layers of the paper, learning rate of the ProxyV modules, rows at a time
     "vicuna-7b": (12, 16, 3e-4, 16),
     "vicuna-13b": (16, 20, 3e-4, 8),

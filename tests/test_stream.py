@@ -192,11 +192,11 @@ def test_a_stopped_run_goes_on_in_the_same_order(world, tmp_path, monkeypatch, w
 
 def test_a_stream_goes_on_with_as_many_workers_only(world, tmp_path):
     settings = settings_for(world, tmp_path)
-    fixed = run._identity(settings, ranks=1)
+    fixed = run.identity(settings, ranks=1)
     settings.data.workers += 1
-    assert run._identity(settings, ranks=1) != fixed
+    assert run.identity(settings, ranks=1) != fixed
     settings.data.streaming = False
-    assert "data.workers" not in run._identity(settings, ranks=1)
+    assert "data.workers" not in run.identity(settings, ranks=1)
 
 
 def test_lengths_and_a_stream_exclude_each_other(world, tmp_path):

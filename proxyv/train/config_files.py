@@ -23,6 +23,7 @@ __all__ = [
     "describe_settings",
     "load_settings",
     "preset_file",
+    "read_chain",
     "settings_yaml",
     "write_atomically",
 ]
@@ -60,7 +61,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         ValueError: an unknown key, a value of the wrong type, or values that contradict.
     """
     merged = OmegaConf.structured(Settings)
-    for source, content in [*_chain(Path(path)), *map(_override, overrides)]:
+    for source, content in [*read_chain(Path(path)), *map(_override, overrides)]:
         _check_keys(source, content)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(content))
@@ -71,8 +72,17 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return check_settings(cast(Settings, OmegaConf.to_object(merged)))
 
 
-def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Contents of a file and of what it builds on, the deepest base first."""
+def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Names and contents of a YAML file and of what it builds on, the deepest base first.
+
+    Args:
+        path: the file.
+        seen: files that led to it.
+
+    Raises:
+        FileNotFoundError: the file, or one that it builds on, does not exist.
+        ValueError: no YAML mapping, or a base that leads back to its own file.
+    """
     if not path.is_file():
         wanted_by = f" (base of {seen[-1]})" if seen else ""
         raise FileNotFoundError(f"no config file {path}{wanted_by}")
@@ -88,7 +98,7 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str,
     before = [
         part
         for name in (base if isinstance(base, list) else [base])
-        for part in _chain(path.parent / str(name), (*seen, path.resolve()))
+        for part in read_chain(path.parent / str(name), (*seen, path.resolve()))
     ]
     return [*before, (str(path), cast(dict[str, Any], content))]
 

@@ -37,7 +37,7 @@ from proxyv.train.signals import Interrupted, StopOnSignal
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
-__all__ = ["FINISHED", "open_data", "parts_table", "train"]
+__all__ = ["FINISHED", "identity", "open_data", "parts_table", "train"]
 
 FINISHED = "finished.json"
 """Written last into a run's folder: the run is complete."""
@@ -214,7 +214,7 @@ def _trainer(
         settings,
         sampler,
         FailureLog(folder / "failures.txt"),
-        checkpoints=Checkpoints(folder, run.keep_checkpoints, _identity(settings, ranks)),
+        checkpoints=Checkpoints(folder, run.keep_checkpoints, identity(settings, ranks)),
         model=built.model,
         args=training_arguments(settings, folder, len(dataset), ranks),
         train_dataset=dataset,
@@ -230,7 +230,7 @@ _FREE_TO_CHANGE = ("run.", "data.workers", "data.prefetch", "data.check_rows", "
 """Settings that an interrupted run may go on with other values of; the seed is not among them."""
 
 
-def _identity(settings: Settings, ranks: int) -> dict[str, Any]:
+def identity(settings: Settings, ranks: int) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it."""
     fixed = {
         key: value
