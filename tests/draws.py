@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proxyv.model.modeling import parameter_part
+from proxyv.model.parts import parameter_part
 
 
 def distance(values: Tensor, cumulative) -> float:

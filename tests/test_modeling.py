@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from proxyv import ProxyVForConditionalGeneration
-from proxyv.model.modeling import parameter_part
+from proxyv.model.parts import parameter_part
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from proxyv import ProxyVForConditionalGeneration
 from proxyv.model.card import model_card
 from proxyv.model.families import FAMILIES
-from proxyv.model.modeling import parameter_part
+from proxyv.model.parts import parameter_part
 from proxyv.model.released import to_released_config
 from proxyv.model.stage1 import load_stage1, save_stage1
 

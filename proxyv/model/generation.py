@@ -10,12 +10,11 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from proxyv.model.crops import image_grids
 from proxyv.model.layout import find_images
+from proxyv.model.vision import IMAGE_INPUTS
 from proxyv.reduction.decoding import rows_read
 from proxyv.reduction.rows import last_rows
 
-__all__ = ["IMAGE_INPUTS", "ImageGenerationMixin"]
-
-IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes", "pool_sizes")
+__all__ = ["ImageGenerationMixin"]
 
 
 class ImageGenerationMixin:

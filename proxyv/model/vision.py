@@ -16,7 +16,18 @@ from proxyv.model.crops import ImageGrid, image_grids, real_crops
 from proxyv.reduction.base import ImageReduction, ProjectorReduction, Reduction, TowerReduction
 from proxyv.reduction.tower import tower_states
 
-__all__ = ["ImageFeatures", "ImageFeaturesMixin", "build_projector"]
+__all__ = [
+    "FEATURE_OPTIONS",
+    "IMAGE_INPUTS",
+    "ImageFeatures",
+    "ImageFeaturesMixin",
+    "build_projector",
+]
+
+IMAGE_INPUTS = ("pixel_values", "num_crops", "image_sizes", "pool_sizes")
+"""Inputs of a model with one entry for each image."""
+FEATURE_OPTIONS = (*IMAGE_INPUTS[1:], "vision_feature_layer", "vision_feature_select_strategy")
+"""What ``get_image_features`` takes beside the pixels."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from proxyv.model.modeling import parameter_part
+from proxyv.model.parts import parameter_part
 from proxyv.train.adapters import has_adapters
 from proxyv.train.settings import OptimSettings
 
