@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyv.model.crops import ImageGrid
-from proxyv.model.layout import SequenceLayout, build_layout, find_images
+from proxyv.model.image_spans import find_images
+from proxyv.model.layout import SequenceLayout
+from proxyv.model.layout_builder import build_layout
 
 SIDE, REDUCE = 4, 2
 PER_CROP = SIDE * SIDE + 1

@@ -8,7 +8,8 @@ from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
 
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration
 from proxyv.model.crops import ImageGrid
-from proxyv.model.layout import build_layout, find_images
+from proxyv.model.image_spans import find_images
+from proxyv.model.layout_builder import build_layout
 from proxyv.reduction.rows import Rows
 
 METHODS = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from proxyv.model.crops import image_grids
-from proxyv.model.layout import find_images
+from proxyv.model.image_spans import find_images
 from proxyv.model.vision import IMAGE_INPUTS
 from proxyv.reduction.decoding import rows_read
 from proxyv.reduction.rows import last_rows

@@ -22,7 +22,8 @@ from proxyv.model.crops import ImageGrid
 from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.flops import RowTokens
-from proxyv.model.layout import ImageSpan, build_layout
+from proxyv.model.image_spans import ImageSpan
+from proxyv.model.layout_builder import build_layout
 from proxyv.profiling.shapes import arm_name, with_start
 
 __all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]

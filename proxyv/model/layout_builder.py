@@ -1,0 +1,198 @@
+"""Laying out a batch: from the images of each row to the index tensors of a ``SequenceLayout``.
+
+Each row of the batch is laid out by itself, then all are padded to one length. Letters as in
+``layout.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from proxyv.model.image_spans import ImageSpan
+from proxyv.model.layout import CropGroup, SequenceLayout, natural_index
+
+__all__ = ["build_layout"]
+
+
+def build_layout(
+    spans: Sequence[Sequence[ImageSpan]],
+    real: Tensor,
+    num_proxies: Callable[[int | None], int],
+    *,
+    released: bool = False,
+) -> SequenceLayout:
+    """Lay out a batch: which rows are full, light or padding, and where proxies belong.
+
+    Args:
+        spans: the images of each row, as ``find_images`` gives them.
+        real: (B, S) False where the row is padding.
+        num_proxies: proxies of a crop of a given side (None: no grid), see
+            ``ProxyVConfig.num_proxies``.
+        released: use the positions of the released weights: the newline of every crop but an
+            image's first sits s*s+1 positions early.
+
+    Returns:
+        The layout, on the device of ``real``.
+
+    Source: authors' prepare_image_information (position ids). Differs: "natural" is new; the
+        authors know the released positions only.
+    """
+    sides = sorted({span.grid.side or 0 for images in spans for span in images}, reverse=True)
+    rows = [_lay_out_row(images, real_row, sides, num_proxies, released)
+            for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
+    longest = max((len(crop) for row in rows for crop in row.full.get(0, [])), default=0)
+    padded = [_pad_crops([row.full[side] for row in rows], side**2 or longest) for side in sides]
+    full_index, full_valid = _join([index for index, _ in padded], [ok for _, ok in padded], rows)
+    parts = [_pad([row.proxy_anchor[side] for row in rows]) for side in sides]
+    anchor, proxy_valid = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
+    parts = [_pad([row.proxy_offset[side] for row in rows]) for side in sides]
+    offset, _ = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
+    light_index, light_valid = _pad([row.light for row in rows])
+    shift = torch.stack([row.shift for row in rows])
+    length = real.shape[1]
+    slots = torch.arange(length)[None] + shift
+    empty = torch.stack([row.empty for row in rows])
+
+    natural = natural_index(light_index, light_valid, full_index, full_valid, length)
+    alike = bool(full_valid.all() and light_valid.all() and (natural == natural[:1]).all())
+    covered = light_index.shape[1] + full_index.shape[1] == length
+    segments = _segments(natural[0], light_index.shape[1]) if alike and covered else None
+    return SequenceLayout(
+        groups=tuple(
+            CropGroup(side, index.shape[1] // max(1, side**2 or longest),
+                      num_proxies(side or None), 0 if side else longest)
+            for side, (index, _) in zip(sides, padded, strict=True)
+        ),
+        full_index=full_index,
+        full_valid=full_valid,
+        light_index=light_index,
+        light_valid=light_valid,
+        proxy_anchor=anchor,
+        anchor_slot=slots.gather(1, anchor),
+        proxy_offset=offset,
+        proxy_valid=proxy_valid,
+        slots=slots,
+        position_shift=shift,
+        natural_index=natural,
+        segments=segments,
+        newline=torch.stack([row.newline for row in rows]),
+        empty=empty if empty.any() else None,
+        ragged=any(len(crop) < longest for row in rows for crop in row.full.get(0, [])),
+    ).to(real.device)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Indices of one row of the batch before padding, by side; 0 for crops that are no grid.
+
+    Attributes:
+        full: rows of the full tokens of each crop.
+        light: rows of newline and text tokens.
+        proxy_anchor: first row of the image of each proxy.
+        proxy_offset: rank of each proxy within its image.
+        newline: (S,) True at newlines.
+        empty: (S,) True at rows of an image that hold nothing.
+        shift: (S,) what the layout adds to each position.
+    """
+
+    full: dict[int, list[Tensor]]
+    light: Tensor
+    proxy_anchor: dict[int, Tensor]
+    proxy_offset: dict[int, Tensor]
+    newline: Tensor
+    empty: Tensor
+    shift: Tensor
+
+
+def _lay_out_row(
+    images: Sequence[ImageSpan],
+    real: Tensor,
+    sides: Sequence[int],
+    num_proxies: Callable[[int | None], int],
+    released: bool,
+) -> _Row:
+    """Indices of one row; ``real`` is (S,)."""
+    is_light = real.bool().clone()
+    newline, empty = torch.zeros_like(is_light), torch.zeros_like(is_light)
+    shift = torch.zeros(real.shape[0], dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long)
+    full: dict[int, list[Tensor]] = {side: [] for side in sides}
+    anchors, offsets = ({side: [none] for side in sides} for _ in range(2))
+    for image in images:
+        grid = image.grid
+        side, stride = grid.side or 0, grid.rows_per_crop
+        rows = image.start + torch.arange(grid.num_tokens).view(grid.num_crops, stride)
+        is_light[rows[:, :-1].flatten()] = False
+        counts = grid.crop_tokens or (stride - 1,) * grid.num_crops
+        full[side] += [crop[:count] for crop, count in zip(rows, counts, strict=True)]
+        newline[rows[:, -1]] = True
+        for crop, count in zip(rows, counts, strict=True):
+            empty[crop[count:-1]] = True
+        if released:
+            shift[rows[1:, -1]] = -stride
+        ranks = torch.arange(grid.num_crops * num_proxies(side or None))
+        anchors[side].append(torch.full_like(ranks, image.start))
+        offsets[side].append(ranks)
+    return _Row(
+        full=full,
+        light=is_light.nonzero().flatten(),
+        proxy_anchor={side: torch.cat(anchors[side]) for side in sides},
+        proxy_offset={side: torch.cat(offsets[side]) for side in sides},
+        newline=newline,
+        empty=empty,
+        shift=shift,
+    )
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack index vectors, padding with each one's first entry; also what is no padding."""
+    length = max(len(row) for row in rows)
+    valid = torch.arange(length)[None] < torch.tensor([len(row) for row in rows])[:, None]
+    index = torch.zeros(len(rows), length, dtype=torch.long)
+    for target, row in zip(index, rows, strict=True):
+        if len(row):
+            target[:] = row[0]
+            target[: len(row)] = row
+    return index, valid
+
+
+def _pad_crops(rows: Sequence[Sequence[Tensor]], tokens: int) -> tuple[Tensor, Tensor]:
+    """Stack the crops of each row, padded to ``tokens`` each and to the most crops."""
+    most = max(len(crops) for crops in rows)
+    if all(len(crop) == tokens for crops in rows for crop in crops):
+        empty = torch.zeros(0, dtype=torch.long)
+        return _pad([torch.cat(list(crops)) if crops else empty for crops in rows])
+    index = torch.zeros(len(rows), most, tokens, dtype=torch.long)
+    valid = torch.zeros_like(index, dtype=torch.bool)
+    for row, crops in enumerate(rows):
+        for place, crop in enumerate(crops):
+            index[row, place, : len(crop)] = crop
+            valid[row, place, : len(crop)] = True
+    return index.flatten(1), valid.flatten(1)
+
+
+def _join(
+    indices: Sequence[Tensor], valid: Sequence[Tensor], rows: Sequence[_Row]
+) -> tuple[Tensor, Tensor]:
+    """The groups of crops one behind the other; (B, 0) if there are none."""
+    none = torch.zeros(len(rows), 0, dtype=torch.long)
+    return torch.cat([none, *indices], dim=1), torch.cat([none.bool(), *valid], dim=1)
+
+
+def _segments(natural: Tensor, num_light: int) -> tuple[tuple[bool, int, int], ...]:
+    """The runs of consecutive entries of one row's ``natural_index``."""
+    breaks = (natural.diff() != 1).nonzero().flatten() + 1
+    is_full = natural >= num_light
+    breaks = torch.cat([breaks, (is_full.diff()).nonzero().flatten() + 1]).unique()
+    bounds = [0, *breaks.tolist(), natural.shape[0]]
+    segments = []
+    for start, stop in itertools.pairwise(bounds):
+        full = bool(is_full[start])
+        first = int(natural[start]) - (num_light if full else 0)
+        segments.append((full, first, first + stop - start))
+    return tuple(segments)
