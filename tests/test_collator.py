@@ -145,6 +145,12 @@ PIPELINE = ImagePipeline(
 )
 
 
+class Listed(list):
+    """Rows in a list are a source without blocks."""
+
+    blocks = None
+
+
 def dataset(source, max_length=64, **how):
     return ConversationDataset(
         source, Renderer(build_tokenizer(), "tiny"), PIPELINE, max_length, **how
@@ -191,8 +197,8 @@ def test_rows_without_supervision_stop_the_run():
         99,
         ImageFolder(None),
     )
-    report = check_rows(dataset([*kept, lost]), 100, 0.01)
+    report = check_rows(dataset(Listed([*kept, lost])), 100, 0.01)
     assert (report.unsupervised, report.cut, report.hidden, report.checked) == (1, 1, 2, 100)
     with pytest.raises(DataError, match=r"2 of 100 rows .*2\.0%.* the first is .*id 'lost'"):
-        check_rows(dataset([lost, lost, *kept[:98]]), 100, 0.01)
-    assert check_rows(dataset(kept), 10, 0.0).checked == 10
+        check_rows(dataset(Listed([lost, lost, *kept[:98]])), 100, 0.01)
+    assert check_rows(dataset(Listed(kept)), 10, 0.0).checked == 10

@@ -20,7 +20,7 @@ from proxyv.eval.tasks import score_tasks
 from proxyv.profiling.report import Plot, Report
 from proxyv.reduction.options import parse_options
 from proxyv.study.cost import Cost, measure_cost
-from proxyv.study.scores import difference, model_config, run_name, score_run, shared_tasks
+from proxyv.study.scores import difference, run_name, score_run, shared_tasks
 
 __all__ = ["Entry", "add_options", "comparison_report", "parse_entry", "run"]
 
@@ -157,11 +157,10 @@ def comparison_report(
     rows: list[dict[str, Any]] = []
     for name, run_, score, cost in zip(names, runs, scores, costs, strict=True):
         gap = difference(score, scores[0])
-        method = model_config(run_).reduction_method
         rows.append(
             {
                 "name": name,
-                "model": run_name(run_) + (f", {method.name}" if method else ""),
+                "model": run_name(run_),
                 "score %": score.value,
                 "from": score.interval[0],
                 "to": score.interval[1],

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     samples = [
         _sample(runs, task, pair, answerer, args.data, warn) for task, pair in found[: args.samples]
     ]
-    names = f"{method.name}, {run_name(runs[0])}", run_name(runs[1])
+    names = run_name(runs[0]), run_name(runs[1])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = files("proxyv.study").joinpath("gallery.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
