@@ -1,0 +1,179 @@
+"""What the paper claims, and the rule by which our results speak to a claim.
+
+A claim compares two arms by a score: the mean of the preset's tasks, or a single task. The gap is
+that of the per-question means over the seeds that both arms have. With its 95 % interval (paired
+bootstrap over the questions) a claim
+
+* holds where the whole interval, and the gap of every single seed, lie on the claim's side,
+* does not hold where both lie on the other side,
+* cannot be told otherwise, or where a result is missing.
+
+The line between the sides is 0, or `MARGIN` points below it for "loses nothing". The interval
+covers the choice of questions; of the choice of seeds no more is asked than that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from proxyv.eval.statistics import average_interval, paired_difference
+from proxyv.reproduce.plan import Plan
+from proxyv.reproduce.results import Result
+
+__all__ = [
+    "CLAIMS",
+    "MARGIN",
+    "Claim",
+    "Gap",
+    "Table",
+    "find_gap",
+    "mean_interval",
+    "seed_parts",
+    "verdict",
+]
+
+MARGIN = 1.0
+"""Points that an arm may lie below another one and still lose nothing."""
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot tell"
+
+Table = Mapping[tuple[str, int], Result]
+"""Finished results by arm and seed."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about two arms.
+
+    Attributes:
+        text: the statement.
+        paper: the paper's numbers for it.
+        arm: the arm that it is about.
+        other: the arm that it is compared with.
+        rule: "better" than the other, "worse", or "not worse" by more than `MARGIN`.
+        task: the benchmark; None for the mean of the preset's score.
+    """
+
+    text: str
+    paper: str
+    arm: str
+    other: str
+    rule: str
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How an arm's score differs from another's, in points.
+
+    Attributes:
+        value: of the means over the seeds.
+        interval: 95 %, over the questions.
+        p_value: of a paired permutation test.
+        seeds: gap of every seed that both have.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    p_value: float
+    seeds: Mapping[int, float]
+
+
+CLAIMS = (
+    Claim("ProxyV from 3/8 of the depth loses nothing against the baseline",
+          "55.16, 54.64", "proxyv-early", "baseline", "not worse"),
+    Claim("ProxyV from 3/8 of the depth is better than the baseline",
+          "55.16, 54.64", "proxyv-early", "baseline", "better"),
+    Claim("ProxyV from half of the depth is better than the baseline",
+          "55.94, 54.64", "proxyv-late", "baseline", "better"),
+    Claim("ProxyV from half of the depth is better than from 3/8",
+          "55.94, 55.16", "proxyv-late", "proxyv-early", "better"),
+    Claim("ProxyV is better than VisionZip", "55.16, 54.58", "proxyv-early", "visionzip", "better"),
+    Claim("ProxyV is better than PyramidDrop",
+          "55.16, 54.63", "proxyv-early", "pyramiddrop", "better"),
+    Claim("ProxyV loses nothing in grounding",
+          "84.41, 82.96", "proxyv-early", "baseline", "not worse", "refcoco_testA"),
+    Claim("VisionZip loses in grounding",
+          "79.11, 82.96", "visionzip", "baseline", "worse", "refcoco_testA"),
+    Claim("PyramidDrop loses in grounding",
+          "80.75, 82.96", "pyramiddrop", "baseline", "worse", "refcoco_testA"),
+    Claim("ProxyV loses nothing in page parsing",
+          "79.23, 79.91", "proxyv-early", "baseline", "not worse", "ccpdf"),
+    Claim("VisionZip loses in page parsing",
+          "72.18, 79.91", "visionzip", "baseline", "worse", "ccpdf"),
+    Claim("PyramidDrop loses in page parsing",
+          "72.61, 79.91", "pyramiddrop", "baseline", "worse", "ccpdf"),
+    Claim("Vision tokens can do without attention from 3/8 of the depth on",
+          "99.3 % of the baseline", "atn-early", "baseline", "not worse"),
+    Claim("Vision tokens can do without attention from half of the depth on",
+          "99.9 % of the baseline", "atn-late", "baseline", "not worse"),
+    Claim("A small MLP can replace their attention and FFN from 3/8 of the depth on",
+          "99.3 % of the baseline", "atn-ffn-early", "baseline", "not worse"),
+    Claim("A small MLP can replace their attention and FFN from half of the depth on",
+          "100.4 % of the baseline", "atn-ffn-late", "baseline", "not worse"),
+)  # fmt: skip
+
+
+def seed_parts(results: Sequence[Result], task: str) -> list[float]:
+    """Mean over seeds of the score of every question of a task.
+
+    Raises:
+        ValueError: results of different questions.
+    """
+    if len({result.questions(task) for result in results}) != 1:
+        files = ", ".join(result.path.name for result in results)
+        raise ValueError(f"{task}: {files} were not asked the same questions")
+    parts = [result.parts(task) or [] for result in results]
+    return np.mean(np.asarray(parts), axis=0).tolist()
+
+
+def find_gap(plan: Plan, table: Table, claim: Claim) -> Gap | str:
+    """The gap of a claim's arms over the seeds that both have, or why there is none."""
+    tasks = [claim.task] if claim.task else list(plan.score)
+    seeds = [
+        seed for seed in plan.seeds if (claim.arm, seed) in table and (claim.other, seed) in table
+    ]
+    if not seeds:
+        lacking = [arm for arm in (claim.arm, claim.other) if not any(a == arm for a, _ in table)]
+        return f"not run: {', '.join(lacking)}" if lacking else "not run with the same seed"
+    first, second = ([table[arm, seed] for seed in seeds] for arm in (claim.arm, claim.other))
+    everything = [*first, *second]
+    for task in tasks:
+        if any(result.questions(task) is None for result in everything):
+            return f"{task} was not asked"
+        if len({result.questions(task) for result in everything}) != 1:
+            return f"{task}: not the same questions"
+    strata = [[seed_parts(own, task) for task in tasks] for own in (first, second)]
+    found = paired_difference(*strata)
+    low, high = found.interval
+    own_gaps = {
+        seed: 100 * float(np.mean([_mean_gap(a, b, task) for task in tasks]))
+        for seed, a, b in zip(seeds, first, second, strict=True)
+    }
+    return Gap(100 * found.value, (100 * low, 100 * high), found.p_value, own_gaps)
+
+
+def _mean_gap(first: Result, second: Result, task: str) -> float:
+    return float(np.mean(np.subtract(first.parts(task), second.parts(task))))  # type: ignore[arg-type]
+
+
+def verdict(rule: str, gap: Gap | str) -> str:
+    """Whether a claim holds; see the module."""
+    if isinstance(gap, str):
+        return UNKNOWN
+    sign = -1 if rule == "worse" else 1
+    shift = MARGIN if rule == "not worse" else 0.0
+    values = [sign * value + shift for value in (*gap.interval, *gap.seeds.values())]
+    if min(values) > 0:
+        return HOLDS
+    return FAILS if max(values) < 0 else UNKNOWN
+
+
+def mean_interval(results: Sequence[Result], tasks: Sequence[str]) -> tuple[float, float, float]:
+    """Score in percent of an arm's seeds together, and its 95 % interval."""
+    strata = [seed_parts(results, task) for task in tasks]
+    low, high = average_interval(strata)
+    return 100 * float(np.mean([np.mean(part) for part in strata])), 100 * low, 100 * high

@@ -1,0 +1,86 @@
+"""What the paper reports, to stand beside our rows.
+
+Source: paper, tables of results with different LLMs, of the redundancy study and of token
+reduction; FLOPs and times of ProxyV and of skipping are in ``proxyv/profiling/paper.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxyv.profiling.paper import PAPER, PAPER_SKIPS
+
+__all__ = ["BASELINE", "LLMS", "ROWS", "LlmRow", "PaperRow"]
+
+BASELINE = 54.64
+"""Score_fine of Vicuna-7B without ProxyV."""
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row on Vicuna-7B.
+
+    Attributes:
+        relative: Score_fine in percent of the baseline's.
+        score: Score_fine; None where the paper gives the relative score only.
+        flops: saved, percent; None for the baseline.
+        time: saved, percent; None where the paper does not say it.
+        refcoco: grounding accuracy, percent.
+        bleu: of document parsing, percent.
+    """
+
+    relative: float
+    score: float | None = None
+    flops: int | None = None
+    time: int | None = None
+    refcoco: float | None = None
+    bleu: float | None = None
+
+
+def _scored(score: float, *rest: float | None) -> PaperRow:
+    flops, time, refcoco, bleu = (*rest, None, None, None, None)[:4]
+    whole = [None if value is None else int(value) for value in (flops, time)]
+    return PaperRow(100 * score / BASELINE, score, whole[0], whole[1], refcoco, bleu)
+
+
+def _skipped(kind: str, layer: int, relative: float) -> PaperRow:
+    figures = PAPER_SKIPS[kind][layer]
+    return PaperRow(relative, flops=figures.flops, time=figures.time)
+
+
+_EARLY, _LATE = PAPER["vicuna-7b"][12], PAPER["vicuna-7b"][16]
+
+ROWS: dict[str, PaperRow] = {
+    "baseline": _scored(BASELINE, None, None, 82.96, 79.91),
+    "proxyv-early": _scored(55.16, _EARLY.flops, _EARLY.time, 84.41, 79.23),
+    "proxyv-late": _scored(55.94, _LATE.flops, _LATE.time),
+    "visionzip": _scored(54.58, 32, 40, 79.11, 72.18),
+    "pyramiddrop": _scored(54.63, 42, 46, 80.75, 72.61),
+    "atn-early": _skipped("atn", 12, 99.3),
+    "atn-late": _skipped("atn", 16, 99.9),
+    "atn-ffn-early": _skipped("atn_ffn", 12, 99.3),
+    "atn-ffn-late": _skipped("atn_ffn", 16, 100.4),
+}
+"""By what an arm of a preset names as ``paper``."""
+
+
+@dataclass(frozen=True)
+class LlmRow:
+    """Score_fine of a language model: baseline, first and second start layer."""
+
+    name: str
+    baseline: float
+    early_layer: int
+    early: float
+    late_layer: int
+    late: float
+
+
+LLMS = (
+    LlmRow("Vicuna-7B", BASELINE, 12, 55.16, 16, 55.94),
+    LlmRow("Vicuna-13B", 58.58, 16, 58.95, 20, 59.22),
+    LlmRow("Llama3-8B", 56.60, 16, 56.87, 20, 57.49),
+    LlmRow("Qwen2-7B", 60.15, 16, 60.55, 20, 61.44),
+    LlmRow("Phi3-3B", 49.89, 16, 50.28, 20, 50.72),
+    LlmRow("InternLM2.5-7B", 58.33, 16, 58.68, 20, 59.08),
+)

@@ -1,0 +1,242 @@
+"""Presets of the reproduction: YAML files under ``configs/reproduce`` that list the arms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from proxyv.cli import CommandError, nearest
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.reduction import build_reduction
+from proxyv.train.config_files import load_settings, read_chain
+from proxyv.train.settings import Settings
+
+__all__ = ["TIERS", "Arm", "Job", "Plan", "choose", "find_plan", "presets", "read_plan"]
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "configs" / "reproduce"
+STAGES = ("pretrain", "finetune")
+TIERS = {1: "tier 1", 2: "tier 2", 3: "ablations"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the tables.
+
+    Attributes:
+        name: of its files.
+        title: in tables.
+        tier: a key of `TIERS`.
+        model: settings of the section ``model`` in which it differs.
+        checkpoint: arm whose finished model it evaluates; None trains its own.
+        reduction: token-reduction method for that evaluation; None for none.
+        paper: the row of the paper's tables that it stands beside, see ``paper.py``.
+    """
+
+    name: str
+    title: str
+    tier: int
+    model: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    reduction: Mapping[str, Any] | None = None
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm with a seed; ``name`` is that of its result file."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Such as ``proxyv-early-seed1``."""
+        return f"{self.arm.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset.
+
+    Attributes:
+        name: of its folders.
+        title: in the report.
+        pretrain: settings file of stage 1.
+        finetune: settings file of stage 2.
+        world: arguments of ``proxyv.synthetic.world.write_world``.
+        tasks: rows asked of each benchmark, from the first on.
+        score: benchmarks whose main scores are averaged.
+        seeds: of training.
+        arms: by name.
+        settings: training settings of all arms, by section.
+        later_seeds: how many of the seeds tiers 2 and 3 take.
+        batch_size: questions at a time.
+        cost: ``crops``, ``text`` and ``repeats`` of the prefill whose cost is measured.
+        curve: shares of layers of the redundancy curve; None leaves it out.
+    """
+
+    name: str
+    title: str
+    pretrain: str
+    finetune: str
+    world: Mapping[str, Any]
+    tasks: Mapping[str, int]
+    score: Sequence[str]
+    seeds: Sequence[int]
+    arms: Mapping[str, Arm]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    later_seeds: int = 1
+    batch_size: int = 16
+    cost: Mapping[str, int] = field(default_factory=lambda: {"crops": 5, "text": 50, "repeats": 7})
+    curve: str | None = None
+
+    def jobs(self) -> list[Job]:
+        """Every arm with every seed: a whole seed of tier 1 first, the later tiers last."""
+        return [
+            Job(arm, seed)
+            for tier in TIERS
+            for seed in (self.seeds if tier == 1 else self.seeds[: self.later_seeds])
+            for arm in self.arms.values()
+            if arm.tier == tier
+        ]
+
+    def trained(self, job: Job) -> Job:
+        """The job whose finished model a job evaluates; itself where it trains."""
+        return job if job.arm.checkpoint is None else Job(self.arms[job.arm.checkpoint], job.seed)
+
+    def stage(self, job: Job, stage: str, runs: Path) -> Settings:
+        """Settings of a stage of training.
+
+        Args:
+            job: an arm that trains.
+            stage: "pretrain" or "finetune".
+            runs: folder of the preset's runs.
+        """
+        world, folder = runs / "world", runs / job.name
+        rows = {
+            "pretrain": world / "sharegpt4v" / "captions.json",
+            "finetune": world / "llava_next" / "conversations.json",
+        }
+        own = {
+            "data.annotations": str(rows[stage]),
+            "data.images": str(world),
+            "run.output_dir": str(folder / stage),
+            "run.seed": job.seed,
+            **_flat({"model": job.arm.model}),
+        }
+        if stage == "finetune":
+            own["model.init_from"] = str(folder / "pretrain")
+        values = {**_flat(self.settings), **own}
+        path = ROOT / getattr(self, stage)
+        return load_settings(path, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``section.name`` of every setting."""
+    return {f"{s}.{name}": value for s, part in sections.items() for name, value in part.items()}
+
+
+def presets() -> list[str]:
+    """Names of the presets."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "arms")
+
+
+def find_plan(name: str) -> Plan:
+    """Read a preset by its name, or a YAML file of one's own.
+
+    Raises:
+        CommandError: no such preset.
+        ValueError: see `read_plan`.
+    """
+    if name.endswith(".yaml"):
+        return read_plan(Path(name))
+    if name not in presets():
+        raise CommandError(nearest("preset", name, presets()))
+    return read_plan(FOLDER / f"{name}.yaml")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a YAML file and what it builds on; ``${names.x}`` stands for a value under ``names:``.
+
+    Raises:
+        ValueError: an unknown or missing key, an arm whose checkpoint is no trained arm, or a
+            benchmark or a reduction method that does not exist.
+    """
+    merged = OmegaConf.merge(*(OmegaConf.create(content) for _, content in read_chain(path)))
+    content = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    arms = {
+        name: Arm(**_checked(f"{path}: arm {name}", Arm, {"name": name, **own}))
+        for name, own in content.pop("arms", {}).items()
+    }
+    content.pop("names", None)
+    plan = Plan(**_checked(str(path), Plan, {"arms": arms, **content}))
+    _check(path, plan)
+    return plan
+
+
+def _checked(where: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    known = {item.name: item for item in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {nearest('key', key, known)}")
+    for key, item in known.items():
+        optional = item.default is not MISSING or item.default_factory is not MISSING
+        if key not in values and not optional:
+            raise ValueError(f"{where} has no {key!r}, which is needed")
+    return values
+
+
+def _check(path: Path, plan: Plan) -> None:
+    for task in [*plan.tasks, *plan.score]:
+        if task not in BENCHMARKS:
+            raise ValueError(f"{path}: {nearest('task', task, BENCHMARKS)}")
+    if missing := [task for task in plan.score if task not in plan.tasks]:
+        raise ValueError(f"{path}: score names {missing}, which tasks does not ask")
+    for arm in plan.arms.values():
+        if arm.tier not in TIERS:
+            raise ValueError(f"{path}: arm {arm.name}: tier {arm.tier!r}, one of {[*TIERS]}")
+        if arm.reduction is not None:
+            build_reduction(arm.reduction)
+        if arm.checkpoint is None and arm.reduction is not None:
+            raise ValueError(
+                f"{path}: arm {arm.name} has a reduction and no checkpoint: give the arm whose "
+                "model it is used on, or train with it as model.reduction"
+            )
+        if arm.checkpoint is not None:
+            source = plan.arms.get(arm.checkpoint)
+            if source is None:
+                raise ValueError(f"{path}: {nearest('arm', arm.checkpoint, plan.arms)}")
+            if source.checkpoint is not None or arm.model:
+                raise ValueError(
+                    f"{path}: arm {arm.name} evaluates {source.name}, so it has no model settings, "
+                    "and that arm must train"
+                )
+
+
+def choose(
+    plan: Plan, tiers: Iterable[int], arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[Job]:
+    """The jobs of some tiers, or of some arms whatever their tier, with some of their seeds.
+
+    Raises:
+        CommandError: an arm or a seed that the plan does not have.
+    """
+    for name in arms or ():
+        if name not in plan.arms:
+            raise CommandError(nearest("arm", name, plan.arms))
+    for seed in seeds or ():
+        if seed not in plan.seeds:
+            raise CommandError(f"seed {seed}: the preset has {', '.join(map(str, plan.seeds))}")
+    wanted = set(tiers)
+    return [
+        job
+        for job in plan.jobs()
+        if (job.arm.name in arms if arms else job.arm.tier in wanted)
+        and (not seeds or job.seed in seeds)
+    ]

@@ -1,0 +1,259 @@
+"""The report: every number comes from a result file, and the same files give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from proxyv.cli import CommandError
+from proxyv.reproduce.claims import (
+    CLAIMS,
+    MARGIN,
+    Claim,
+    Gap,
+    Table,
+    find_gap,
+    mean_interval,
+    verdict,
+)
+from proxyv.reproduce.figures import Point, draw_curve, draw_scores
+from proxyv.reproduce.paper import LLMS, ROWS
+from proxyv.reproduce.plan import TIERS, Arm, Plan
+from proxyv.reproduce.progress import duration
+from proxyv.reproduce.results import CURVE, Result, read_results
+
+__all__ = ["WANTED", "write_report"]
+
+WANTED = (55.0, 90.0)
+"""Between these percents the baseline of a task is neither at its floor nor at its ceiling."""
+
+NONE = "–"
+
+
+def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
+    """Write the report and its figures.
+
+    Args:
+        plans: the presets, in their order.
+        results: folder with a folder of result files for each preset.
+        output: the Markdown file; figures go beside it, ``<name>-<preset>-scores.png``.
+
+    Raises:
+        CommandError: a result file is damaged, or of another preset.
+    """
+    sections = [_section(plan, results / plan.name, output) for plan in plans]
+    text = files("proxyv.reproduce").joinpath("report.md.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    page = environment.from_string(text).render(
+        sections=sections, margin=MARGIN, wanted=WANTED, llms=LLMS, tiers=TIERS
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+
+
+def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
+    """What the template needs of a preset."""
+    found = read_results(folder)
+    for result in found:
+        if result.content["preset"] != plan.name:
+            raise CommandError(
+                f"{result.path} is of preset {result.content['preset']!r}, not {plan.name!r}"
+            )
+    table = {(result.arm, result.seed): result for result in found if result.done}
+    failed = {(result.arm, result.seed): result for result in found if not result.done}
+    jobs = plan.jobs()
+    return {
+        "plan": plan,
+        "any": bool(table),
+        "verdicts": [_verdict_row(plan, table, claim) for claim in CLAIMS],
+        "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
+        "tasks": _task_rows(plan, table),
+        "floor": _out_of_range(plan, table),
+        "figure": _scores_figure(plan, table, output),
+        "curve": _curve(plan, folder, output),
+        "files": [_file_row(plan, result) for result in found if result.done],
+        "failed": [
+            (job.name, failed[job.arm.name, job.seed].content["error"])
+            for job in jobs
+            if (job.arm.name, job.seed) in failed
+        ],
+        "missing": {
+            name: [
+                job.name
+                for job in jobs
+                if job.arm.tier == tier
+                and (job.arm.name, job.seed) not in table.keys() | failed.keys()
+            ]
+            for tier, name in TIERS.items()
+        },
+    }
+
+
+def _of(plan: Plan, table: Table, arm: str) -> list[Result]:
+    """The finished results of an arm, one for each seed."""
+    return [table[arm, seed] for seed in plan.seeds if (arm, seed) in table]
+
+
+def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
+    gap = find_gap(plan, table, claim)
+    return {
+        "text": claim.text,
+        "paper": claim.paper,
+        "files": f"{claim.arm}, {claim.other}",
+        "gap": gap if isinstance(gap, str) else _gap_text(gap),
+        "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
+        "p": NONE if isinstance(gap, str) else f"{gap.p_value:.4f}",
+        "verdict": verdict(claim.rule, gap) + _one_seed(gap),
+    }
+
+
+def _one_seed(gap: Gap | str) -> str:
+    return " (one seed)" if isinstance(gap, Gap) and len(gap.seeds) == 1 else ""
+
+
+def _gap_text(gap: Gap) -> str:
+    low, high = gap.interval
+    return f"{gap.value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _seed_gaps(gap: Gap) -> str:
+    return ", ".join(f"{seed}: {value:+.2f}" for seed, value in gap.seeds.items())
+
+
+def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
+    """A row of the main table; None for an arm without a result."""
+    results = _of(plan, table, arm.name)
+    if not results:
+        return None
+    value, low, high = mean_interval(results, plan.score)
+    gap = find_gap(plan, table, Claim("", "", arm.name, "baseline", "better"))
+    paper = ROWS.get(arm.paper) if arm.paper else None
+    trained = [r.content["training"] for r in results]
+    seconds = [sum(t[stage]["seconds"] for stage in ("pretrain", "finetune")) for t in trained]
+    own = arm.checkpoint is None
+    return {
+        "title": arm.title,
+        "tier": TIERS[arm.tier],
+        "seeds": str(len(results)),
+        "score": f"{value:.2f} ({low:.2f} to {high:.2f})",
+        "gap": _gap_text(gap) if isinstance(gap, Gap) and arm.name != "baseline" else NONE,
+        "relative": _relative(plan, table, value),
+        "flops": _percent(_flops_saved(results)),
+        "as_run": _percent(_flops_saved(results, "as_run")),
+        "time": _percent(_time_saved(results)) if arm.name != "baseline" else NONE,
+        "training": duration(statistics.mean(seconds)) if own else f"that of {arm.checkpoint}",
+        "paper_relative": f"{paper.relative:.1f}" if paper else NONE,
+        "paper_flops": str(paper.flops) if paper and paper.flops is not None else NONE,
+        "paper_time": str(paper.time) if paper and paper.time is not None else NONE,
+    }
+
+
+def _relative(plan: Plan, table: Table, value: float) -> str:
+    base = _of(plan, table, "baseline")
+    if not base or (score := mean_interval(base, plan.score)[0]) == 0:
+        return NONE
+    return f"{100 * value / score:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def _flops_saved(results: Sequence[Result], count: str = "paper") -> float | None:
+    """Percent of the baseline's FLOPs; None where the image decides."""
+    cost = results[0].content["cost"]
+    if cost["flops"] is None:
+        return None
+    return 100 * (1 - cost["flops"][count] / cost["baseline_flops"][count])
+
+
+def _time_saved(results: Sequence[Result]) -> float:
+    """Percent of the baseline's prefill time: median over the rounds of all seeds."""
+    ratios = [
+        mine / theirs
+        for result in results
+        for mine, theirs in zip(
+            result.content["cost"]["prefill_seconds"],
+            result.content["cost"]["baseline_prefill_seconds"],
+            strict=True,
+        )
+    ]
+    return 100 * (1 - statistics.median(ratios))
+
+
+def _task_rows(plan: Plan, table: Table) -> list[tuple[str, list[str]]]:
+    """Main score of every task, in percent, by arm."""
+    rows = []
+    for arm in plan.arms.values():
+        if results := _of(plan, table, arm.name):
+            values = [mean_interval(results, [task])[0] for task in plan.tasks]
+            rows.append((arm.title, [f"{value:.1f}" for value in values]))
+    return rows
+
+
+def _out_of_range(plan: Plan, table: Table) -> list[str]:
+    """Tasks on which the baseline is at its floor or ceiling."""
+    results = _of(plan, table, "baseline")
+    if not results:
+        return []
+    scores = {task: mean_interval(results, [task])[0] for task in plan.tasks}
+    low, high = WANTED
+    return [f"{task} {score:.1f} %" for task, score in scores.items() if not low <= score <= high]
+
+
+def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
+    """Draw figure 1; its name, None where there is nothing to draw."""
+    points = []
+    for arm in plan.arms.values():
+        results = _of(plan, table, arm.name)
+        if not results or arm.tier > 2 or (saved := _flops_saved(results)) is None:
+            continue
+        points.append(Point(arm.title, 100 - saved, *mean_interval(results, plan.score)))
+    name = f"{output.stem}-{plan.name}-scores.png"
+    if not points:
+        (output.parent / name).unlink(missing_ok=True)
+        return None
+    draw_scores(output.parent / name, f"{plan.name}: score against FLOPs", points)
+    return name
+
+
+def _curve(plan: Plan, folder: Path, output: Path) -> dict[str, Any] | None:
+    """Draw figure 2 from the file of the study; None where it was not run."""
+    path, name = folder / CURVE, f"{output.stem}-{plan.name}-curve.png"
+    if not path.is_file():
+        (output.parent / name).unlink(missing_ok=True)
+        return None
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    draw_curve(output.parent / name, f"{plan.name}: vision attention masked", rows)
+    lines = [
+        (
+            f"{row['ratio']:.3g}",
+            f"{row['score %']:.2f} ({row['from']:.2f} to {row['to']:.2f})",
+            NONE if row["of base %"] is None else f"{row['of base %']:.1f}",
+            f"{row['p']:.4f}",
+        )
+        for row in rows
+    ]
+    return {"figure": name, "rows": lines, "commit": found["commit"]}
+
+
+def _file_row(plan: Plan, result: Result) -> dict[str, str]:
+    """Where a number comes from, and how it is made again."""
+    content = result.content
+    arm = f"--arms {result.arm} --seeds {result.seed}"
+    return {
+        "name": f"{plan.name}/{result.path.name}",
+        "commit": (content["commit"] or "unknown")[:10],
+        "hardware": content["hardware"]["device"],
+        "torch": content["versions"]["torch"],
+        "command": f"bash scripts/reproduce.sh {plan.name} {arm}",
+    }

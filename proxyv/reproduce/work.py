@@ -1,0 +1,288 @@
+"""One arm with one seed: train both stages, evaluate, measure. What is there already is kept.
+
+Everything runs in this process, so whatever ends it ends the arm too; the same command then goes
+on from the trainer's last checkpoint and the evaluation's last answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from proxyv import ProxyVForConditionalGeneration
+from proxyv.eval.answerer import Answerer
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
+from proxyv.eval.records import write_json
+from proxyv.eval.runner import RunOptions
+from proxyv.eval.sources import load_rows
+from proxyv.eval.stored import load_run
+from proxyv.eval.tasks import score_tasks
+from proxyv.model.flops import RowTokens, paper_flops, run_flops
+from proxyv.profiling.measure import time_interleaved
+from proxyv.profiling.shapes import with_start
+from proxyv.reproduce.plan import STAGES, Job, Plan
+from proxyv.reproduce.results import CURVE, DONE, FAILED, task_entry
+from proxyv.study.__main__ import main as study
+from proxyv.study.cost import make_prompt
+from proxyv.train.build import resolve
+from proxyv.train.config_files import load_settings
+from proxyv.train.launch import prepare_rank
+from proxyv.train.run import FINISHED, identity, train
+from proxyv.train.settings import Settings
+
+__all__ = ["arm_cost", "failure", "make_world", "run_curve", "run_job", "train_job"]
+
+WORLD = "world.json"
+"""Written last into the folder of the small world: what it was drawn with."""
+
+
+def make_world(plan: Plan, runs: Path) -> Path:
+    """Draw the small world of a preset, unless it is there.
+
+    Raises:
+        ValueError: the folder holds a world that was drawn otherwise.
+    """
+    folder = runs / "world"
+    wanted = dict(plan.world)
+    stamp = folder / WORLD
+    if stamp.is_file():
+        found = json.loads(stamp.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise ValueError(
+                f"{folder} was drawn with {found}, the preset says {wanted}: results on both would "
+                "be mixed; move that folder and the result files away"
+            )
+        return folder
+    from proxyv.synthetic.world import write_world  # fonts and matplotlib only where it is drawn
+
+    write_world(folder, **wanted, all_benchmarks=True)
+    write_json(stamp, wanted)
+    return folder
+
+
+def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Do what is left of a job.
+
+    Args:
+        plan: the preset.
+        job: the arm and its seed.
+        runs: folder of the preset's runs.
+        say: takes lines for the user.
+
+    Returns:
+        The content of its result file.
+
+    Raises:
+        ValueError: settings or data that cannot be used, or questions that could not be asked.
+        OSError: files that are not there.
+        Interrupted: SIGTERM; a checkpoint was saved.
+    """
+    started = time.monotonic()
+    world = make_world(plan, runs)
+    source = plan.trained(job)
+    trained = {stage: train_job(plan, source, stage, runs) for stage in STAGES}
+    model = runs / source.name / "finetune"
+    fields: dict[str, Any] = (
+        {} if job.arm.reduction is None else {"reduction": dict(job.arm.reduction)}
+    )
+    answerer = Answerer.load(str(model), **fields)
+    tasks = evaluate(plan, answerer, model, world, runs / job.name / "eval", say)
+    say(f"{job.name}: cost of a prefill")
+    return {
+        "preset": plan.name,
+        "arm": job.arm.name,
+        "seed": job.seed,
+        "status": DONE,
+        "tasks": tasks,
+        "cost": arm_cost(answerer.model, plan.cost),
+        "training": {
+            "of": source.name,
+            **{name: summary for name, (summary, _) in trained.items()},
+        },
+        "settings": {
+            "arm": {"model": dict(job.arm.model), "reduction": fields.get("reduction")},
+            **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
+            "evaluation": answerer.describe() | {"batch_size": plan.batch_size},
+            "world": dict(plan.world),
+        },
+        "weights": fingerprint(model),
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(answerer.device),
+        "seconds": round(time.monotonic() - started, 1),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def failure(plan: Plan, job: Job, error: Exception) -> dict[str, Any]:
+    """The content of the result file of a job that failed; it is tried again by the next run."""
+    return {
+        "preset": plan.name,
+        "arm": job.arm.name,
+        "seed": job.seed,
+        "status": FAILED,
+        "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+        "commit": git_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None]) -> None:
+    """The redundancy curve of the first seed's baseline, once that is there."""
+    output, target = runs / "redundancy", results / CURVE
+    model = runs / f"baseline-seed{plan.seeds[0]}" / "finetune"
+    if plan.curve is None or target.is_file() or not (model / FINISHED).is_file():
+        return
+    say(f"redundancy curve of {model}")
+    options = {
+        "model": model,
+        "data": runs / "world",
+        "tasks": ",".join(plan.score),
+        "ratios": plan.curve,
+        "limit": max(plan.tasks[task] for task in plan.score),
+        "batch-size": plan.batch_size,
+        "output": output,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    study(["redundancy", *words])
+    write_json(target, json.loads((output / "redundancy.json").read_text(encoding="utf-8")))
+
+
+def _as_dict(settings: Settings) -> dict[str, Any]:
+    return dict(OmegaConf.to_container(OmegaConf.structured(settings)))  # type: ignore[arg-type]
+
+
+def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, Any], Settings]:
+    """Train a stage, or go on with it, or take what is finished.
+
+    Returns:
+        The trainer's summary, its ``seconds`` those of all sessions that were not killed, and the
+        settings.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    settings = resolve(plan.stage(job, stage, runs))
+    folder = Path(str(settings.run.output_dir))
+    clock = folder / "sessions.json"
+    if not (folder / FINISHED).is_file():
+        started = time.monotonic()
+        prepare_rank(settings)
+        try:
+            train(settings)
+        finally:
+            write_json(clock, [*_sessions(clock), round(time.monotonic() - started, 1)])
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    found, wanted = (identity(s, 1) for s in (load_settings(folder / "run.yaml"), settings))
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise ValueError(
+                f"{folder} was trained with {key}={found[key]}, the preset says {value}: delete "
+                "that folder, or undo the change"
+            )
+    summary = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    seconds = _sessions(clock)
+    return {**summary, "seconds": round(sum(seconds), 1), "sessions": len(seconds)}, settings
+
+
+def _sessions(path: Path) -> list[float]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def evaluate(
+    plan: Plan,
+    answerer: Answerer,
+    model: Path,
+    world: Path,
+    output: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Ask what the folder does not hold yet; entries of the result file by task.
+
+    Raises:
+        ValueError: a question could not be asked.
+    """
+    tasks = {}
+    for task, limit in plan.tasks.items():
+        rows, folder = load_rows(BENCHMARKS[task], world), output / task
+        options = RunOptions(plan.batch_size, limit)
+        results = score_tasks(str(model), answerer, {task: rows}, options, folder, say, data=world)
+        entry = results["tasks"][task]
+        if entry["failed"]:
+            raise ValueError(
+                f"{task}: {entry['failed']} questions could not be asked, the first: "
+                f"{entry['errors'][0]}"
+            )
+        tasks[task] = {
+            **task_entry(task, load_run(folder).records[task]),
+            "seconds": entry["seconds"],
+        }
+    return tasks
+
+
+def arm_cost(model: Any, cost: Mapping[str, int]) -> dict[str, Any]:
+    """FLOPs and time of a prefill, beside the baseline of the same shape.
+
+    The baseline has random weights and takes turns with the model, so that what else the machine
+    does hits both.
+
+    Returns:
+        ``flops`` in the paper's count and as run (decoder layers; None where the image decides how
+        many tokens are left), the same of the baseline, and ``prefill_seconds`` of every round.
+    """
+    config, row = model.config, RowTokens(cost["crops"], cost["text"])
+    plain: dict[str, Any] = {
+        "skip": None,
+        "reduction": None,
+        "proxy_kind": "spatial",
+        "learned_proxies": None,
+    }
+    layer = config.vision_feature_layer
+    plain["vision_feature_layer"] = layer if isinstance(layer, int) else layer[-1]
+    base = with_start(config, None, **plain)
+    stock = ProxyVForConditionalGeneration(base).to(model.device, model.dtype).eval()
+    stock.set_attn_implementation(config._attn_implementation)
+    model.fuse()
+    prompts = {name: make_prompt(m, row.crops, row.text) for name, m in _pair(model, stock)}
+    works = {name: partial(_prefill, m, prompts[name]) for name, m in _pair(model, stock)}
+    timings = time_interleaved(works, model.device, cost["repeats"])
+    method = config.reduction_method
+    ragged = method is not None and method.tokens_per_crop(config.side**2) is None
+    return {
+        **dict(cost),
+        "flops": None if ragged else _flops(config, row),
+        "baseline_flops": _flops(base, row),
+        "prefill_seconds": [round(s, 6) for s in timings["arm"].seconds],
+        "baseline_prefill_seconds": [round(s, 6) for s in timings["baseline"].seconds],
+    }
+
+
+def _pair(model: Any, stock: Any) -> list[tuple[str, Any]]:
+    return [("baseline", stock), ("arm", model)]
+
+
+@torch.inference_mode()
+def _prefill(model: Any, inputs: dict[str, Any]) -> Any:
+    return model(**inputs, use_cache=True, logits_to_keep=1).logits
+
+
+def _flops(config: Any, row: RowTokens) -> dict[str, int]:
+    """FLOPs of the decoder layers, in both conventions."""
+    fused = config.text_config.model_type == "phi3"
+    parts = run_flops(config, row, causal=True, folded=True)
+    return {
+        "paper": paper_flops(config, row, fused_qkv=fused),
+        "as_run": parts["language_model"] + parts["proxyv"],
+    }

@@ -1,0 +1,248 @@
+"""The reproduction's commands on a miniature world: interrupted, resumed, failed, repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_training import make_backbones
+from transformers import TrainerCallback
+
+from proxyv.cli import run_command
+from proxyv.eval.records import read_records
+from proxyv.reproduce.__main__ import main
+from proxyv.reproduce.plan import choose, find_plan, presets, read_plan
+from proxyv.reproduce.progress import JobState, left_seconds
+from proxyv.reproduce.results import pack, read_result, unpack
+from proxyv.train import run as train_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STAGE = """
+model: {{name: mini, language: {folder}/language, vision: {folder}/vision, start_layer: 1,
+  vision_feature_layer: -1, template: tiny, dtype: float32}}
+data: {{workers: 0, max_length: 2048}}
+optim: {{global_batch: 2, micro_batch: 2, lr: 1.0e-3, max_steps: 2}}
+stage: {{name: {stage}}}
+run: {{gradient_checkpointing: false, save_steps: 1}}
+deepspeed: {{config: null}}
+"""
+PLAN = """
+name: mini
+title: a miniature
+pretrain: {folder}/pretrain.yaml
+finetune: {folder}/finetune.yaml
+world: {{seed: 3, train_documents: 4, train_charts: 2, test_documents: 2, test_charts: 2,
+  workers: 1}}
+tasks: {{docvqa: 4, chartqa: 4}}
+score: [docvqa, chartqa]
+seeds: [1, 2]
+batch_size: 4
+cost: {{crops: 2, text: 9, repeats: 2}}
+names: {{early: 1}}
+arms:
+  baseline: {{tier: 1, title: baseline, model: {{start_layer: null}}}}
+  proxyv-early:
+    {{tier: 1, title: "ProxyV-L${{names.early}}", model: {{start_layer: "${{names.early}}"}}}}
+  fastv: {{tier: 2, title: FastV, checkpoint: baseline, reduction: {{method: fastv, layer: 1}}}}
+  wrong: {{tier: 3, title: wrong, model: {{start_layer: 9}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Backbones and a preset."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    make_backbones(folder)
+    for stage in ("pretrain", "finetune"):
+        text = STAGE.format(folder=folder, stage=stage)
+        if stage == "finetune":
+            text = text.replace("dtype: float32", "dtype: float32, init_from: auto")
+        (folder / f"{stage}.yaml").write_text(text)
+    (folder / "mini.yaml").write_text(PLAN.format(folder=folder))
+    return folder
+
+
+def run(folder: Path, *words: str, runs: str = "runs") -> int:
+    places = ["--runs", str(folder / runs), "--results", str(folder / f"{runs}-results")]
+    return main(["run", "--preset", str(folder / "mini.yaml"), *places, *words])
+
+
+def content(folder: Path, name: str, runs: str = "runs") -> dict[str, Any]:
+    path = folder / f"{runs}-results" / "mini" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class StopAfter(TrainerCallback):
+    """Sends this process SIGTERM after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder: Path) -> Path:
+    """Two arms, told to stop in the second arm's stage 1, then started again."""
+    built = train_run._trainer
+
+    def stopping(settings, *rest):
+        trainer = built(settings, *rest)
+        if settings.model.start_layer == 1:
+            trainer.add_callback(StopAfter(1))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_run, "_trainer", stopping)
+        assert run(folder, "--seeds", "1") == 128 + signal.SIGTERM
+    results = folder / "runs-results" / "mini"
+    assert [path.name for path in results.glob("*.json")] == ["baseline-seed1.json"]
+    first = (results / "baseline-seed1.json").read_bytes()
+    assert run(folder, "--seeds", "1") == 0
+    assert (results / "baseline-seed1.json").read_bytes() == first  # done, so left alone
+    return folder
+
+
+def test_a_stopped_arm_goes_on_and_a_repeated_one_scores_the_same(interrupted: Path) -> None:
+    assert run(interrupted, "--arms", "proxyv-early", "--seeds", "1", runs="again") == 0
+    resumed, again = (content(interrupted, "proxyv-early-seed1", r) for r in ("runs", "again"))
+    assert resumed["training"]["pretrain"]["sessions"] == 2
+    assert again["training"]["pretrain"]["sessions"] == 1
+    assert resumed["weights"] == again["weights"]
+    for task in ("docvqa", "chartqa"):
+        assert resumed["tasks"][task]["scores"] == again["tasks"][task]["scores"]
+        assert resumed["tasks"][task]["questions"] == again["tasks"][task]["questions"]
+    assert (
+        resumed["training"]["pretrain"]["loss"]
+        != content(interrupted, "baseline-seed1")["training"]["pretrain"]["loss"]
+    )
+
+
+def test_a_result_file_holds_what_its_numbers_depend_on(interrupted: Path) -> None:
+    found = content(interrupted, "proxyv-early-seed1")
+    assert (found["preset"], found["arm"], found["seed"], found["status"]) == (
+        *("mini", "proxyv-early", 1),
+        "done",
+    )
+    assert found["settings"]["finetune"]["model"]["start_layer"] == 1
+    assert found["settings"]["pretrain"]["run"]["seed"] == 1
+    assert found["settings"]["world"]["seed"] == 3
+    assert {"torch", "transformers"} <= found["versions"].keys() and found["hardware"]["device"]
+    answers = interrupted / "runs" / "mini" / "proxyv-early-seed1" / "eval" / "docvqa"
+    records = read_records(answers / "docvqa.jsonl")
+    entry = found["tasks"]["docvqa"]
+    assert unpack(entry["scores"]["anls"]) == pytest.approx([r["score"] for r in records], rel=1e-5)
+    assert entry["value"] == pytest.approx(sum(r["score"] for r in records) / 4)
+    cost = found["cost"]
+    assert len(cost["prefill_seconds"]) == len(cost["baseline_prefill_seconds"]) == 2
+    assert 0 < cost["flops"]["paper"] < cost["baseline_flops"]["paper"]
+
+
+def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other(
+    interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(interrupted, "--arms", "wrong,fastv", "--seeds", "1") == 1
+    fastv, base = (content(interrupted, name) for name in ("fastv-seed1", "baseline-seed1"))
+    assert fastv["weights"] == base["weights"] and fastv["training"]["of"] == "baseline-seed1"
+    assert fastv["settings"]["evaluation"]["reduction"] == {"method": "fastv", "layer": 1}
+    assert not (interrupted / "runs" / "mini" / "fastv-seed1" / "pretrain").exists()
+    wrong = content(interrupted, "wrong-seed1")
+    assert wrong["status"] == "failed" and "start_layer=9" in wrong["error"]
+    assert "1 arms failed: wrong-seed1" in capsys.readouterr().err
+    places = ["--runs", str(interrupted / "runs"), "--results", str(interrupted / "runs-results")]
+    preset = ["--preset", str(interrupted / "mini.yaml")]
+    assert main(["status", *preset, *places, "--tiers", "1,2,3", "--json"]) == 0
+    states = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
+    assert {name: line["state"] for name, line in states.items()} == {
+        "baseline-seed1": "done",
+        "proxyv-early-seed1": "done",
+        "baseline-seed2": "not run",
+        "proxyv-early-seed2": "not run",
+        "fastv-seed1": "done",
+        "wrong-seed1": "failed",
+    }
+    assert states["fastv-seed1"]["seconds"] < states["baseline-seed1"]["seconds"]
+
+
+def test_a_changed_preset_is_refused(interrupted: Path, tmp_path: Path) -> None:
+    changed = PLAN.format(folder=interrupted).replace("seed: 3", "seed: 4")
+    (tmp_path / "mini.yaml").write_text(changed)
+    places = ["--runs", str(interrupted / "runs"), "--results", str(tmp_path)]
+    assert main(["run", "--preset", str(tmp_path / "mini.yaml"), "--seeds", "1", *places]) == 1
+    error = read_result(tmp_path / "mini" / "baseline-seed1.json").content["error"]
+    assert "'seed': 3" in error and "'seed': 4" in error
+
+
+def test_shipped_presets_are_complete() -> None:
+    assert presets() == ["smol", "tiny"]
+    for name in presets():
+        plan = find_plan(name)
+        depth = {"tiny": 8, "smol": 30}[name]
+        early, late = (
+            plan.arms[f"proxyv-{when}"].model["start_layer"] for when in ("early", "late")
+        )
+        assert (early, late) == ((12, 16) if name == "smol" else (3 * depth // 8, depth // 2))
+        assert len(plan.seeds) >= 3 and min(plan.tasks.values()) >= 1000
+        assert [job.name for job in plan.jobs()][:2] == ["baseline-seed1", "proxyv-early-seed1"]
+        assert {arm.tier for arm in plan.arms.values()} == {1, 2, 3}
+        for job in plan.jobs():
+            if job.arm.checkpoint is None and job.seed == plan.seeds[0]:
+                settings = plan.stage(job, "finetune", Path("runs"))
+                assert settings.model.init_from == f"runs/{job.name}/pretrain"
+                assert settings.run.seed == job.seed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("tier: 2", "tier: 7", "tier 7"),
+        ("checkpoint: baseline", "checkpoint: baselin", "did you mean 'baseline'"),
+        ("method: fastv", "method: fasttv", "did you mean 'fastv'"),
+        ("batch_size", "batchsize", "did you mean 'batch_size'"),
+        ("tasks: {docvqa: 4", "tasks: {docvq: 4", "did you mean 'docvqa'"),
+        ("checkpoint: baseline, ", "", "no checkpoint"),
+    ],
+)
+def test_mistakes_in_a_preset_are_named(
+    tmp_path: Path, old: str, new: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mini.yaml"
+    path.write_text(PLAN.format(folder=tmp_path).replace(old, new))
+    assert run_command(main, ["status", "--preset", str(path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
+    plan = read_plan(tmp_path / "mini.yaml")
+    assert [job.name for job in choose(plan, [2, 3], None, None)] == ["fastv-seed1", "wrong-seed1"]
+    assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
+    assert [job.name for job in choose(plan, [1], None, [2])] == [
+        *("baseline-seed2", "proxyv-early-seed2")
+    ]
+    with pytest.raises(ValueError, match=r"'fast'.*'fastv'"):
+        choose(plan, [1], ["fast"], None)
+    with pytest.raises(ValueError, match="seed 5: the preset has 1, 2"):
+        choose(plan, [1], None, [5])
+
+
+def test_what_is_left_is_told_from_what_was_done() -> None:
+    def state(trains: bool, seconds: float | None) -> JobState:
+        return JobState("x", 1, trains, "done", seconds, "")
+
+    done = [state(True, 100.0), state(True, 300.0), state(False, 10.0)]
+    assert left_seconds(done) == 0
+    assert left_seconds([*done, state(True, None), state(False, None)]) == 210
+    assert left_seconds([state(False, 10.0), state(True, None)]) is None
+
+
+def test_packed_scores_come_back() -> None:
+    assert pack([1.0, 0.0, 2 / 3]) == "1 0 0.666667"
+    assert unpack(pack([1.0, 0.0, 2 / 3])) == pytest.approx([1, 0, 2 / 3], abs=1e-6)

@@ -1,0 +1,243 @@
+"""The reproduction's report from hand-made result files, its verdicts worked out by hand here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxyv.cli import run_command
+from proxyv.reproduce.__main__ import main
+from proxyv.reproduce.claims import CLAIMS, Claim, Gap, find_gap, verdict
+from proxyv.reproduce.plan import Plan, find_plan
+from proxyv.reproduce.results import CURVE, pack, read_results, result_file, write_result
+
+QUESTIONS = 400
+TASKS = ("docvqa", "chartqa", "infovqa", "textvqa", "ocrbench", "refcoco_testA", "ccpdf")
+
+
+def answers(rate: float, stream: int, like: np.ndarray | None = None) -> np.ndarray:
+    """0 or 1 for each question; nine of ten are those of ``like``, where given."""
+    rng = np.random.default_rng(stream)
+    drawn = (rng.random(QUESTIONS) < rate).astype(float)
+    return drawn if like is None else np.where(rng.random(QUESTIONS) < 0.9, like, drawn)
+
+
+def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> dict[str, Any]:
+    """A result file as an arm leaves it."""
+    trained = {"seconds": 60.0, "steps": 3, "sessions": 1}
+    return {
+        "preset": "tiny",
+        "arm": arm,
+        "seed": seed,
+        "status": "done",
+        "tasks": {
+            task: {
+                "samples": QUESTIONS,
+                "main_score": "main",
+                "value": float(own.mean()),
+                "questions": "same",
+                "scores": {"main": pack(own)},
+                "seconds": 1.0,
+            }
+            for task, own in parts.items()
+        },
+        "cost": {
+            "flops": {"paper": 58, "as_run": 60},
+            "baseline_flops": {"paper": 100, "as_run": 90},
+            "prefill_seconds": [0.6, 0.5, 0.7],
+            "baseline_prefill_seconds": [1.0, 1.0, 1.0],
+        },
+        "training": {"of": f"{arm}-seed{seed}", "pretrain": trained, "finetune": trained},
+        "settings": {},
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"device": "a processor"},
+        "commit": "0123456789abcdef",
+        "seconds": 120.0,
+    } | more
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return find_plan("tiny")
+
+
+def put(folder: Path, plan: Plan, found: dict[str, Any]) -> None:
+    job = next(j for j in plan.jobs() if (j.arm.name, j.seed) == (found["arm"], found["seed"]))
+    write_result(result_file(folder / plan.name, job), found)
+
+
+def fill(folder: Path, plan: Plan, lift: float, seeds: tuple[int, ...] = (1, 2, 3)) -> dict:
+    """Results of the baseline and of an arm that is better by about ``lift``; their parts."""
+    parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+    for seed in seeds:
+        base = {task: answers(0.6, 100 * seed + n) for n, task in enumerate(TASKS)}
+        arm = {t: answers(0.6 + 10 * lift, 10_000 + 100 * seed + n, like=base[t])
+               for n, t in enumerate(TASKS)}  # fmt: skip
+        parts["baseline", seed], parts["proxyv-early", seed] = base, arm
+    for (arm_name, seed), own in parts.items():
+        put(folder, plan, content(arm_name, seed, own))
+    return parts
+
+
+def rewrite(folder: Path, name: str, change: Any) -> None:
+    path = folder / "tiny" / f"{name}.json"
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def report(folder: Path, place: str = "report") -> str:
+    output = folder / place / "reproduction.md"
+    words = ["--presets", "tiny", "--results", str(folder), "--output", str(output)]
+    assert main(["report", *words]) == 0
+    return output.read_text(encoding="utf-8")
+
+
+def cells(text: str, start: str) -> list[str]:
+    """Cells of the first table row that begins so."""
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {start}")][:1]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def by_hand(plan: Plan, parts: dict, seeds: tuple[int, ...]) -> tuple[float, float, float, list]:
+    """Gap, half of its interval by the normal law, and the gap of each seed, in points."""
+    gaps = {
+        task: np.mean([parts["proxyv-early", s][task] - parts["baseline", s][task]
+                       for s in seeds], axis=0)
+        for task in plan.score
+    }  # fmt: skip
+    value = sum(gap.sum() / QUESTIONS for gap in gaps.values()) / len(gaps)
+    variance = sum(gap.var() / QUESTIONS for gap in gaps.values()) / len(gaps) ** 2
+    half = 1.96 * variance**0.5
+    own = [
+        sum((parts["proxyv-early", s][t] - parts["baseline", s][t]).mean() for t in plan.score)
+        / len(plan.score)
+        for s in seeds
+    ]
+    return 100 * value, 100 * (value - half), 100 * (value + half), [100 * gap for gap in own]
+
+
+@pytest.mark.parametrize("lift", [-0.04, -0.02, 0.0, 0.03])
+def test_verdicts_are_those_worked_out_by_hand(tmp_path: Path, plan: Plan, lift: float) -> None:
+    seeds = (1, 2, 3)
+    value, low, high, own = by_hand(plan, fill(tmp_path, plan, lift, seeds), seeds)
+    text = report(tmp_path)
+    for line, said in (
+        (0.0, cells(text, "ProxyV from 3/8 of the depth is better than the baseline")),
+        (-1.0, cells(text, "ProxyV from 3/8 of the depth loses nothing")),
+    ):
+        found = [float(number) for number in re.findall(r"[+-][\d.]+", said[2])]
+        assert found == pytest.approx([value, low, high], abs=0.25)
+        assert found[0] == pytest.approx(value, abs=0.01)
+        seen = [float(number) for number in re.findall(r"[+-][\d.]+", said[3])]
+        assert seen == pytest.approx(own, abs=0.01)
+        assert min(abs(low - line), abs(high - line)) > 0.25, "too close to be told by hand"
+        expected = "cannot tell"
+        if low > line and min(own) > line:
+            expected = "holds"
+        if high < line and max(own) < line:
+            expected = "does not hold"
+        assert said[5] == f"**{expected}**"
+    missing = cells(text, "ProxyV is better than VisionZip")
+    assert missing[2] == "not run: visionzip" and missing[5] == "**cannot tell**"
+
+
+def test_seeds_have_to_agree() -> None:
+    gap = Gap(2.0, (1.0, 3.0), 0.001, {1: 4.5, 2: -0.5})
+    assert verdict("better", gap) == verdict("worse", gap) == "cannot tell"
+    assert verdict("not worse", gap) == "holds"  # both lie above -1
+    assert verdict("better", Gap(2.0, (1.0, 3.0), 0.001, {1: 2.0})) == ("holds")
+    worse = Gap(-3.0, (-4.0, -2.0), 0.001, {1: -3.0})
+    found = [verdict(rule, worse) for rule in ("better", "not worse", "worse")]
+    assert found == ["does not hold", "does not hold", "holds"]
+    assert verdict("better", "not run: fastv") == "cannot tell"
+
+
+def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
+    fill(tmp_path, plan, 0.03, (1,))
+
+    def change(found: dict) -> None:
+        found["tasks"]["chartqa"]["questions"] = "others"
+
+    rewrite(tmp_path, "proxyv-early-seed1", change)
+    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    assert find_gap(plan, table, CLAIMS[0]) == "chartqa: not the same questions"
+    parsing = Claim("", "", "proxyv-early", "baseline", "better", "ccpdf")
+    assert isinstance(find_gap(plan, table, parsing), Gap)
+    said = cells(report(tmp_path), "ProxyV loses nothing in page parsing")
+    assert said[5].endswith("(one seed)**")
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
+    fill(tmp_path, plan, 0.02)
+    rows = [
+        {"ratio": ratio, "score %": 60 - 20 * ratio, "from": 58 - 20 * ratio,
+         "to": 62 - 20 * ratio, "of base %": 100 - 33 * ratio, "p": 0.5}
+        for ratio in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    curve = {"rows": rows, "commit": "0123456789abcdef"}
+    (tmp_path / "tiny" / CURVE).write_text(json.dumps(curve))
+    first, second = report(tmp_path, "first"), report(tmp_path, "second")
+    assert first == second
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    figures = ["reproduction-tiny-curve.png", "reproduction-tiny-scores.png"]
+    assert names == [*figures, "reproduction.md"]
+    for name in figures:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        assert f"({name})" in first
+    assert cells(first, "0.5") == ["0.5", "50.00 (48.00 to 52.00)", "83.5", "0.5000"]
+
+
+def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
+    parts = fill(tmp_path, plan, 0.02)
+    text = report(tmp_path)
+    row = cells(text, "ProxyV-L3 | tier 1")
+    expected = 100 * np.mean(
+        [parts["proxyv-early", s][t].mean() for s in (1, 2, 3) for t in plan.score]
+    )
+    assert row[2] == "3" and float(row[3].split()[0]) == pytest.approx(expected, abs=0.01)
+    assert row[6:10] == ["42.0 (46)", "33.3", "40.0 (41)", "0 h 02 min"]
+    base = 100 * np.mean([parts["baseline", s][t].mean() for s in (1, 2, 3) for t in plan.score])
+    assert row[5] == f"{100 * expected / base:.1f} (101.0)"
+    command = "`bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2`"
+    assert cells(text, "[tiny/proxyv-early-seed2.json]")[1:] == [
+        *("0123456789", "a processor", "2.13.0", command)
+    ]
+
+
+def test_what_was_not_run_or_failed_is_listed(tmp_path: Path, plan: Plan) -> None:
+    empty = report(tmp_path)
+    assert "nothing has been run" in empty
+    assert all(job.name in empty for job in plan.jobs())
+    fill(tmp_path, plan, 0.0, (1,))
+    failed = {"preset": "tiny", "arm": "fastv", "seed": 1, "status": "failed", "commit": None}
+    put(tmp_path, plan, failed | {"error": "ValueError: no memory"})
+    text = report(tmp_path)
+    assert "nothing has been run" not in text
+    assert "- fastv-seed1: ValueError: no memory" in text
+    [left] = [line for line in text.splitlines() if line.startswith("- tier 1:")]
+    assert "proxyv-late-seed1" in left and "proxyv-early-seed2" in left
+    assert "baseline-seed1" not in left and "proxyv-early-seed1" not in left
+    assert "fastv" not in next(x for x in text.splitlines() if x.startswith("- tier 2:"))
+
+
+def test_damaged_and_foreign_files_are_refused(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, plan, 0.0, (1,))
+    words = ["report", "--presets", "tiny", "--results", str(tmp_path)]
+    words += ["--output", str(tmp_path / "report.md")]
+    rewrite(tmp_path, "baseline-seed1", lambda found: found.update(preset="smol"))
+    assert run_command(main, words) == 2
+    assert "is of preset 'smol', not 'tiny'" in capsys.readouterr().err
+    (tmp_path / "tiny" / "baseline-seed1.json").write_text('{"preset":')
+    assert run_command(main, words) == 2
+    assert "is damaged" in capsys.readouterr().err
+    (tmp_path / "tiny" / "baseline-seed1.json").write_text('{"preset": "tiny"}')
+    assert run_command(main, words) == 2
+    assert "has no arm, seed, status" in capsys.readouterr().err
