@@ -6,7 +6,6 @@ the index tensors. The families themselves are in ``families.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from proxyv.model.masks import (
 from proxyv.model.proxies import ProxyInitializer
 from proxyv.model.reduced import prompt_rows, refuse_unsuited
 from proxyv.model.skipping import layer_that_skips
+from proxyv.model.window import Window, past_length, plain_rows, remember_full_rows
 from proxyv.reduction.decoding import ProxyLayers, run_reduced, stages_of
 from proxyv.reduction.rows import Rows
 
@@ -114,12 +114,12 @@ class ProxyVTextMixin:
                 inputs_embeds, layout, judges, attention_mask, position_ids, past_key_values, kwargs
             )
         if layout is None:
-            attention_mask, position_ids = _plain_rows(
+            attention_mask, position_ids = plain_rows(
                 inputs_embeds, attention_mask, position_ids, past_key_values
             )
         else:
-            past = _past_length(past_key_values)
-            window = _Window.build(inputs_embeds, attention_mask, past)
+            past = past_length(past_key_values)
+            window = Window.build(inputs_embeds, attention_mask, past)
             if position_ids is None:
                 position_ids = window.position_ids()
             position_ids = position_ids + layout.position_shift
@@ -177,7 +177,7 @@ class ProxyVTextMixin:
                 past_key_values=past_key_values, **passed,
             )  # fmt: skip
             return BaseModelOutputWithPast(hidden, past_key_values)
-        window = _Window.build(embeds, attention_mask, _past_length(past_key_values))
+        window = Window.build(embeds, attention_mask, past_length(past_key_values))
         hidden, left = run_reduced(
             self,
             method,
@@ -207,7 +207,7 @@ class ProxyVTextMixin:
         def streams(
             layout: SequenceLayout, rows: Rows, some: Tensor, anchors: Tensor, layer: int
         ) -> Streams:
-            window = _Window(rows.valid, rows.valid[:, :0], False)
+            window = Window(rows.valid, rows.valid[:, :0], False)
             made = self._streams(
                 layout, window, some, rows.positions, anchors + layout.proxy_offset,
                 past_key_values, {}, layer,
@@ -220,7 +220,7 @@ class ProxyVTextMixin:
     def _ordinary_mask(
         self,
         layout: SequenceLayout,
-        window: _Window,
+        window: Window,
         embeds: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
@@ -233,15 +233,15 @@ class ProxyVTextMixin:
                     f"attn_implementation={name!r} takes no masks, which layout 'released' needs "
                     "in every layer: use 'sdpa', 'flex_attention' or 'eager'"
                 )
-            key_length = _key_length(past_key_values, window)
-            mask = ordinary_mask(layout, window.real, window.past_valid, key_length)
+            num_keys = window.num_keys(past_key_values)
+            mask = ordinary_mask(layout, window.real, window.past_valid, num_keys)
             return to_backend(mask, self.config._attn_implementation, embeds.dtype)
         return attention_mask if window.needs_mask else None
 
     def _streams(
         self,
         layout: SequenceLayout,
-        window: _Window,
+        window: Window,
         embeds: Tensor,
         position_ids: Tensor,
         proxy_positions: Tensor,
@@ -258,8 +258,8 @@ class ProxyVTextMixin:
             for name in ("output_hidden_states", "output_attentions")
         )
         natural_keys = past_key_values is not None or keep_attention
-        key_length = _key_length(past_key_values, window, layer)
-        light = light_mask(layout, window.real, window.past_valid, key_length, natural_keys)
+        num_keys = window.num_keys(past_key_values, layer)
+        light = light_mask(layout, window.real, window.past_valid, num_keys, natural_keys)
         positions = torch.cat(
             [proxy_positions]
             + [position_ids.gather(1, index) for index in (layout.light_index, layout.full_index)],
@@ -268,8 +268,8 @@ class ProxyVTextMixin:
         num_full = layout.full_index.shape[1]
         rope = self.rotary_emb(embeds, position_ids=positions)
         name = self.config._attn_implementation
-        past_full = _remember_full_rows(past_key_values, layout, window)
-        past_light, past_light_valid = _past_light(past_full, window)
+        past_full = remember_full_rows(past_key_values, layout, window)
+        past_light, past_light_valid = window.cached_light(past_full)
         needs_proxies = start < len(self.layers) - 1 and self.options.skip is None
         proxies = proxy_mask(layout, past_light_valid) if needs_proxies else None
         return Streams(
@@ -285,126 +285,7 @@ class ProxyVTextMixin:
         )
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Which rows are real, of the new rows and of the cached ones.
-
-    Attributes:
-        real: (B, S) bool, the new rows.
-        past_valid: (B, past) bool, the cached rows.
-        left_padded: some row of the batch has padding before a real row.
-    """
-
-    real: Tensor
-    past_valid: Tensor
-    left_padded: bool
-
-    @classmethod
-    def build(cls, embeds: Tensor, attention_mask: Tensor | None, past: int) -> _Window:
-        B, S, _ = embeds.shape
-        if attention_mask is None:
-            real = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-            return cls(real, real.new_ones(B, past), False)
-        if attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
-                "(B, tokens)"
-            )
-        if attention_mask.shape[1] < past + S:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past} "
-                f"cached and {S} new ones: it must cover both"
-            )
-        mask = attention_mask.to(embeds.device).bool()[:, : past + S]
-        left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
-        return cls(mask[:, past:], mask[:, :past], left)
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether causal attention alone would show a real row something it must not see."""
-        return self.left_padded or self.past_valid.shape[1] > 0
-
-    def position_ids(self) -> Tensor:
-        """(B, S) positions counted over real tokens only, as generation counts them."""
-        valid = torch.cat([self.past_valid, self.real], dim=1).long()
-        return (valid.cumsum(dim=1) - 1).clamp(min=0)[:, self.past_valid.shape[1] :]
-
-
 def _flag(config: Any, kwargs: dict[str, Any], name: str) -> bool:
     """An argument of the call, or what the configuration says."""
     value = kwargs.get(name)
     return bool(getattr(config, name, False) if value is None else value)
-
-
-def _past_length(past_key_values: Cache | None) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
-def _plain_rows(
-    embeds: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    past_key_values: Cache | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and positions of rows without images, for the stock model.
-
-    A mask that hides nothing a real row could see is dropped; positions of rows padded on the
-    left are counted over real tokens. Prepared masks and decoding steps are left as they are.
-    """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return attention_mask, position_ids
-    past = _past_length(past_key_values)
-    if past and position_ids is not None:
-        return attention_mask, position_ids
-    window = _Window.build(embeds, attention_mask, past)
-    if position_ids is None and window.left_padded:
-        position_ids = window.position_ids()
-    return (attention_mask if window.needs_mask else None), position_ids
-
-
-def _key_length(past_key_values: Cache | None, window: _Window, layer: int = 0) -> int:
-    """How many keys the attention of a layer will get."""
-    length = window.real.shape[1]
-    if past_key_values is None:
-        return length
-    return int(past_key_values.get_mask_sizes(length, layer)[0])
-
-
-def _remember_full_rows(
-    past_key_values: Cache | None, layout: SequenceLayout, window: _Window
-) -> Tensor | None:
-    """Note on the cache which of its rows are full tokens; proxies of later turns ask for it.
-
-    Returns:
-        (B, past) True where a row cached before is a full token; None without a cache.
-
-    Raises:
-        ValueError: the cache was filled with another batch size.
-    """
-    if past_key_values is None:
-        return None
-    B, past = window.past_valid.shape
-    known = getattr(past_key_values, "proxyv_full_rows", None)
-    if known is None:
-        known = window.past_valid.new_zeros(B, 0)
-    if known.shape[0] != B:
-        raise ValueError(
-            f"the cache was filled with images in a batch of {known.shape[0]}, now the batch is "
-            f"{B}: start a new cache"
-        )
-    known = nn.functional.pad(known[:, :past], (0, past - min(past, known.shape[1])))
-    new = layout.full_rows
-    past_key_values.proxyv_full_rows = torch.cat([known, new], dim=1)  # type: ignore[attr-defined]
-    return known
-
-
-def _past_light(past_full: Tensor | None, window: _Window) -> tuple[Tensor | None, Tensor | None]:
-    """Cached newline and text rows, (B, N) padded, and which entries are real; None if none."""
-    if past_full is None:
-        return None, None
-    light = window.past_valid & ~past_full
-    most = int(light.sum(dim=1).max()) if light.shape[1] else 0
-    if most == 0:
-        return None, None
-    index = light.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return index, light.gather(1, index)

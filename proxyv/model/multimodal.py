@@ -31,6 +31,7 @@ from proxyv.model.layout import SequenceLayout
 from proxyv.model.layout_builder import build_layout
 from proxyv.model.parts import parameter_part
 from proxyv.model.vision import FEATURE_OPTIONS, ImageFeaturesMixin, build_projector
+from proxyv.model.window import real_rows
 from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["ProxyVModel"]
@@ -137,7 +138,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         spans = find_images(image_mask, grids)
         if self.config.packing != "crops":
             return None
-        real = _real_rows(attention_mask, image_mask)
+        real = real_rows(attention_mask, image_mask)
         released = self.config.layout == "released"
         return build_layout(spans, real, self.config.num_proxies, released=released)
 
@@ -176,15 +177,3 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             and parameter_part(name) in ("projector", "newline", "proxyv")
         ]
         return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds
-
-
-def _real_rows(attention_mask: Tensor | None, image_mask: Tensor) -> Tensor:
-    """(B, S) False where a new row is padding."""
-    if attention_mask is None:
-        return torch.ones_like(image_mask)
-    if attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
-            "(B, tokens)"
-        )
-    return attention_mask[:, -image_mask.shape[1] :].bool().to(image_mask.device)
