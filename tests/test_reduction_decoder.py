@@ -22,10 +22,12 @@ from transformers.cache_utils import DynamicCache
 
 from proxyv.reduction.attention import causal_rows, decoder_heads
 from proxyv.reduction.base import DecoderReduction
-from proxyv.reduction.decoding import choose_rows, layer_stages, run_reduced
+from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.fastv import FastV
+from proxyv.reduction.prompt import choose_rows
 from proxyv.reduction.pyramiddrop import PyramidDrop
 from proxyv.reduction.rows import Rows, before_answers, select
+from proxyv.reduction.stages import layer_stages
 
 
 def tiny_llama(attention: str = "sdpa", key_heads: int = 4) -> LlamaModel:

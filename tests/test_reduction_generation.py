@@ -11,9 +11,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from proxyv.reduction.base import DecoderReduction
-from proxyv.reduction.decoding import run_reduced, stages_of
+from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.fitprune import FitPrune
 from proxyv.reduction.rows import Rows
+from proxyv.reduction.stages import stages_of
 
 FITPRUNE = FitPrune((1, 2, 0, 3, 1, 0), 12)
 

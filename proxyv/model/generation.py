@@ -11,8 +11,8 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from proxyv.model.crops import image_grids
 from proxyv.model.image_spans import find_images
 from proxyv.model.vision import IMAGE_INPUTS
-from proxyv.reduction.decoding import rows_read
 from proxyv.reduction.rows import last_rows
+from proxyv.reduction.stages import rows_read
 
 __all__ = ["ImageGenerationMixin"]
 

@@ -28,8 +28,10 @@ from proxyv.model.proxies import ProxyInitializer
 from proxyv.model.reduced import prompt_rows, refuse_unsuited
 from proxyv.model.skipping import layer_that_skips
 from proxyv.model.window import Window, past_length, plain_rows, remember_full_rows
-from proxyv.reduction.decoding import ProxyLayers, run_reduced, stages_of
+from proxyv.reduction.decoding import run_reduced
+from proxyv.reduction.prompt import ProxyLayers
 from proxyv.reduction.rows import Rows
+from proxyv.reduction.stages import stages_of
 
 __all__ = ["ProxyVTextMixin"]
 
