@@ -103,12 +103,12 @@ def draw_plan(rng: np.random.Generator, small: bool = False) -> Plan:
         return Plan(kind, num_categories, 1, bool(rng.random() < 0.75))
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
     # Few things: 144 patches and a language model of 5 M parameters shall be able to read them.
-    num_categories, num_series, shown = int(rng.choice((2, 3, 4, 5), p=SIZE_SHARES)), 1, 0.6
+    num_categories, num_series, shown = int(rng.choice((2, 3, 4, 5), p=SIZE_SHARES)), 1, 0.57
     if kind == "grouped":
         num_categories, num_series, shown = int(rng.integers(2, 4)), 2, 0.3
     elif kind == "line":
         num_series = 1 if rng.random() < 0.7 else 2
-        shown = 0.6 if num_series == 1 else 0.0
+        shown = 0.57 if num_series == 1 else 0.0
     return Plan(kind, num_categories, num_series, bool(rng.random() < shown))
 
 
