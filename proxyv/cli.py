@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["CommandError", "nearest", "run_command"]
+__all__ = ["CommandError", "nearest", "require_one_of", "run_command"]
 
 
 class CommandError(ValueError):
@@ -29,6 +29,16 @@ def nearest(what: str, name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f": did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name!r}{hint} (one of {', '.join(names)})"
+
+
+def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value that an option does not take.
+
+    Raises:
+        ValueError: the value is not in ``allowed``.
+    """
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
 
 
 def run_command(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaNextConfig
 
-from proxyv.cli import nearest
+from proxyv.cli import nearest, require_one_of
 from proxyv.reduction import Reduction, build_reduction, check_combination
 
 __all__ = [
@@ -159,11 +159,11 @@ class ProxyVConfig(LlavaNextConfig):
             ValueError: naming the option, its value and what is allowed.
         """
         if self.skip is not None:
-            _one_of("skip", self.skip, SKIPS)
-        _one_of("proxy_kind", self.proxy_kind, PROXY_KINDS)
-        _one_of("downsample", self.downsample, DOWNSAMPLE_MODES)
-        _one_of("layout", self.layout, LAYOUTS)
-        _one_of("packing", self.packing, PACKINGS)
+            require_one_of("skip", self.skip, SKIPS)
+        require_one_of("proxy_kind", self.proxy_kind, PROXY_KINDS)
+        require_one_of("downsample", self.downsample, DOWNSAMPLE_MODES)
+        require_one_of("layout", self.layout, LAYOUTS)
+        require_one_of("packing", self.packing, PACKINGS)
         if not _is_int(self.side_reduction) or self.side_reduction < 1:
             raise ValueError(
                 f"side_reduction must be a positive integer, got {self.side_reduction!r}"
@@ -267,11 +267,6 @@ class ProxyVConfig(LlavaNextConfig):
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
 
 
 OPTIONS = (

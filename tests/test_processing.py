@@ -20,8 +20,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv import ProxyVProcessor
-from proxyv.model.crops import image_grids
-from proxyv.model.processing import crop_layout, num_image_tokens, to_rgb
+from proxyv.model.crops import crop_layout, image_grids, num_image_tokens
+from proxyv.model.images import to_rgb
 
 PX, PATCH = 28, 7
 SIDE = PX // PATCH

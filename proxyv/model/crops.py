@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
+from proxyv.cli import require_one_of
+
 __all__ = [
     "ASPECT_RATIOS",
     "CropLayout",
@@ -91,11 +93,7 @@ def crop_layout(
 
     Source: authors' select_best_resolution and process_anyres_image. Differs: height first.
     """
-    if aspect_ratio not in ASPECT_RATIOS:
-        raise ValueError(
-            f"image_aspect_ratio={aspect_ratio!r} is not known: use one of "
-            f"{', '.join(ASPECT_RATIOS)}"
-        )
+    require_one_of("image_aspect_ratio", aspect_ratio, ASPECT_RATIOS)
     height, width = int(size_hw[0]), int(size_hw[1])
     if height < 1 or width < 1:
         raise ValueError(f"image of height {height} and width {width}: both must be at least 1")
