@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 from small_training import make_backbones
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from proxyv.cli import run_command
+from proxyv.eval.answerer import Answerer
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.images import row_images
 from proxyv.eval.records import read_records
+from proxyv.eval.sources import load_rows
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
 from proxyv.reproduce.results import pack, read_result, unpack
+from proxyv.study.kept import kept_patches
 from proxyv.train import run as train_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +47,7 @@ tasks: {{docvqa: 4, chartqa: 4}}
 score: [docvqa, chartqa]
 seeds: [1, 2]
 batch_size: 4
+answer_tokens: 8
 cost: {{crops: 2, text: 9, repeats: 2}}
 names: {{early: 1}}
 arms:
@@ -49,6 +55,7 @@ arms:
   proxyv-early:
     {{tier: 1, title: "ProxyV-L${{names.early}}", model: {{start_layer: "${{names.early}}"}}}}
   fastv: {{tier: 2, title: FastV, checkpoint: baseline, reduction: {{method: fastv, layer: 1}}}}
+  prumerge: {{tier: 2, title: PruMerge, checkpoint: baseline, reduction: {{method: prumerge}}}}
   wrong: {{tier: 3, title: wrong, model: {{start_layer: 9}}}}
 """
 
@@ -139,19 +146,36 @@ def test_a_result_file_holds_what_its_numbers_depend_on(interrupted: Path) -> No
     records = read_records(answers / "docvqa.jsonl")
     entry = found["tasks"]["docvqa"]
     assert unpack(entry["scores"]["anls"]) == pytest.approx([r["score"] for r in records], rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(interrupted / "language")
+    lengths = [len(tokenizer.tokenize(record["answer"])) for record in records]
+    assert max(lengths) <= found["settings"]["evaluation"]["answer_tokens"] == 8
     assert entry["value"] == pytest.approx(sum(r["score"] for r in records) / 4)
     cost = found["cost"]
     assert len(cost["prefill_seconds"]) == len(cost["baseline_prefill_seconds"]) == 2
     assert 0 < cost["flops"]["paper"] < cost["baseline_flops"]["paper"]
 
 
+def kept_by_the_tower(folder: Path, crops: int) -> float:
+    """Mean tokens that PruMerge leaves of pages of one crop: kept patches, and one for the rest."""
+    model, world = folder / "runs/mini/baseline-seed1/finetune", folder / "runs/mini/world"
+    answerer = Answerer.load(str(model), reduction={"method": "prumerge"})
+    rows, kept = load_rows(BENCHMARKS["docvqa"], world), []
+    for place in range(crops):
+        image = row_images(BENCHMARKS["docvqa"], rows, place * len(rows) // crops)[0].load()
+        kept.append(int(kept_patches(answerer, "What?", [image]).sum()) + 1)
+    return sum(kept) / crops
+
+
 def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other(
     interrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(interrupted, "--arms", "wrong,fastv", "--seeds", "1") == 1
+    assert run(interrupted, "--arms", "wrong,fastv,prumerge", "--seeds", "1") == 1
     fastv, base = (content(interrupted, name) for name in ("fastv-seed1", "baseline-seed1"))
     assert fastv["weights"] == base["weights"] and fastv["training"]["of"] == "baseline-seed1"
     assert fastv["settings"]["evaluation"]["reduction"] == {"method": "fastv", "layer": 1}
+    prumerge = content(interrupted, "prumerge-seed1")["cost"]
+    assert prumerge["kept"] == kept_by_the_tower(interrupted, crops=2)
+    assert prumerge["flops"]["paper"] < prumerge["baseline_flops"]["paper"]
     assert not (interrupted / "runs" / "mini" / "fastv-seed1" / "pretrain").exists()
     wrong = content(interrupted, "wrong-seed1")
     assert wrong["status"] == "failed" and "start_layer=9" in wrong["error"]
@@ -166,6 +190,7 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
         "baseline-seed2": "not run",
         "proxyv-early-seed2": "not run",
         "fastv-seed1": "done",
+        "prumerge-seed1": "done",
         "wrong-seed1": "failed",
     }
     assert states["fastv-seed1"]["seconds"] < states["baseline-seed1"]["seconds"]
@@ -222,7 +247,9 @@ def test_mistakes_in_a_preset_are_named(
 def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
     plan = read_plan(tmp_path / "mini.yaml")
-    assert [job.name for job in choose(plan, [2, 3], None, None)] == ["fastv-seed1", "wrong-seed1"]
+    assert [job.name for job in choose(plan, [2, 3], None, None)] == [
+        *("fastv-seed1", "prumerge-seed1", "wrong-seed1")
+    ]
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [
         *("baseline-seed2", "proxyv-early-seed2")

@@ -77,6 +77,7 @@ class Plan:
         settings: training settings of all arms, by section.
         later_seeds: how many of the seeds tiers 2 and 3 take.
         batch_size: questions at a time.
+        answer_tokens: longest answer; None leaves it to the benchmarks.
         cost: ``crops``, ``text`` and ``repeats`` of the prefill whose cost is measured.
         curve: shares of layers of the redundancy curve; None leaves it out.
     """
@@ -93,6 +94,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     later_seeds: int = 1
     batch_size: int = 16
+    answer_tokens: int | None = None
     cost: Mapping[str, int] = field(default_factory=lambda: {"crops": 5, "text": 50, "repeats": 7})
     curve: str | None = None
 

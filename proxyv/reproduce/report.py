@@ -163,15 +163,13 @@ def _relative(plan: Plan, table: Table, value: float) -> str:
     return f"{100 * value / score:.1f}"
 
 
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}"
+def _percent(value: float) -> str:
+    return f"{value:.1f}"
 
 
-def _flops_saved(results: Sequence[Result], count: str = "paper") -> float | None:
-    """Percent of the baseline's FLOPs; None where the image decides."""
+def _flops_saved(results: Sequence[Result], count: str = "paper") -> float:
+    """Percent of the baseline's FLOPs."""
     cost = results[0].content["cost"]
-    if cost["flops"] is None:
-        return None
     return 100 * (1 - cost["flops"][count] / cost["baseline_flops"][count])
 
 
@@ -214,9 +212,9 @@ def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
     points = []
     for arm in plan.arms.values():
         results = _of(plan, table, arm.name)
-        if not results or arm.tier > 2 or (saved := _flops_saved(results)) is None:
-            continue
-        points.append(Point(arm.title, 100 - saved, *mean_interval(results, plan.score)))
+        if results and arm.tier < 3:
+            score = mean_interval(results, plan.score)
+            points.append(Point(arm.title, 100 - _flops_saved(results), *score))
     name = f"{output.stem}-{plan.name}-scores.png"
     if not points:
         (output.parent / name).unlink(missing_ok=True)

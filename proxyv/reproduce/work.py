@@ -10,15 +10,13 @@ import datetime
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from proxyv import ProxyVForConditionalGeneration
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
@@ -27,23 +25,38 @@ from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import load_rows
 from proxyv.eval.stored import load_run
 from proxyv.eval.tasks import score_tasks
-from proxyv.model.flops import RowTokens, paper_flops, run_flops
-from proxyv.profiling.measure import time_interleaved
-from proxyv.profiling.shapes import with_start
+from proxyv.reproduce.cost import arm_cost, page_crops
 from proxyv.reproduce.plan import STAGES, Job, Plan
 from proxyv.reproduce.results import CURVE, DONE, FAILED, task_entry
 from proxyv.study.__main__ import main as study
-from proxyv.study.cost import make_prompt
 from proxyv.train.build import resolve
 from proxyv.train.config_files import load_settings
 from proxyv.train.launch import prepare_rank
 from proxyv.train.run import FINISHED, identity, train
 from proxyv.train.settings import Settings
 
-__all__ = ["arm_cost", "failure", "make_world", "run_curve", "run_job", "train_job"]
+__all__ = ["BriefAnswerer", "failure", "make_world", "run_curve", "run_job", "train_job"]
 
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
+
+
+class BriefAnswerer(Answerer):
+    """A model whose answers end after so many tokens, however long a benchmark lets them be.
+
+    An arm that has not learned to end its answers would otherwise repeat itself for minutes.
+    """
+
+    most_tokens: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What the answers depend on besides the weights."""
+        cap = {} if self.most_tokens is None else {"answer_tokens": self.most_tokens}
+        return super().describe() | cap
+
+    def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+        """Answer prepared questions."""
+        return super().generate(prepared, min(max_new_tokens, self.most_tokens or max_new_tokens))
 
 
 def make_world(plan: Plan, runs: Path) -> Path:
@@ -95,16 +108,20 @@ def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dic
     fields: dict[str, Any] = (
         {} if job.arm.reduction is None else {"reduction": dict(job.arm.reduction)}
     )
-    answerer = Answerer.load(str(model), **fields)
+    answerer = BriefAnswerer.load(str(model), **fields)
+    assert isinstance(answerer, BriefAnswerer), "load makes an object of the class it is called on"
+    answerer.most_tokens = plan.answer_tokens
     tasks = evaluate(plan, answerer, model, world, runs / job.name / "eval", say)
     say(f"{job.name}: cost of a prefill")
+    benchmark = BENCHMARKS[plan.score[0]]
+    crops = page_crops(answerer, benchmark, load_rows(benchmark, world), plan.cost["crops"])
     return {
         "preset": plan.name,
         "arm": job.arm.name,
         "seed": job.seed,
         "status": DONE,
         "tasks": tasks,
-        "cost": arm_cost(answerer.model, plan.cost),
+        "cost": arm_cost(answerer.model, crops, plan.cost),
         "training": {
             "of": source.name,
             **{name: summary for name, (summary, _) in trained.items()},
@@ -230,59 +247,3 @@ def evaluate(
             "seconds": entry["seconds"],
         }
     return tasks
-
-
-def arm_cost(model: Any, cost: Mapping[str, int]) -> dict[str, Any]:
-    """FLOPs and time of a prefill, beside the baseline of the same shape.
-
-    The baseline has random weights and takes turns with the model, so that what else the machine
-    does hits both.
-
-    Returns:
-        ``flops`` in the paper's count and as run (decoder layers; None where the image decides how
-        many tokens are left), the same of the baseline, and ``prefill_seconds`` of every round.
-    """
-    config, row = model.config, RowTokens(cost["crops"], cost["text"])
-    plain: dict[str, Any] = {
-        "skip": None,
-        "reduction": None,
-        "proxy_kind": "spatial",
-        "learned_proxies": None,
-    }
-    layer = config.vision_feature_layer
-    plain["vision_feature_layer"] = layer if isinstance(layer, int) else layer[-1]
-    base = with_start(config, None, **plain)
-    stock = ProxyVForConditionalGeneration(base).to(model.device, model.dtype).eval()
-    stock.set_attn_implementation(config._attn_implementation)
-    model.fuse()
-    prompts = {name: make_prompt(m, row.crops, row.text) for name, m in _pair(model, stock)}
-    works = {name: partial(_prefill, m, prompts[name]) for name, m in _pair(model, stock)}
-    timings = time_interleaved(works, model.device, cost["repeats"])
-    method = config.reduction_method
-    ragged = method is not None and method.tokens_per_crop(config.side**2) is None
-    return {
-        **dict(cost),
-        "flops": None if ragged else _flops(config, row),
-        "baseline_flops": _flops(base, row),
-        "prefill_seconds": [round(s, 6) for s in timings["arm"].seconds],
-        "baseline_prefill_seconds": [round(s, 6) for s in timings["baseline"].seconds],
-    }
-
-
-def _pair(model: Any, stock: Any) -> list[tuple[str, Any]]:
-    return [("baseline", stock), ("arm", model)]
-
-
-@torch.inference_mode()
-def _prefill(model: Any, inputs: dict[str, Any]) -> Any:
-    return model(**inputs, use_cache=True, logits_to_keep=1).logits
-
-
-def _flops(config: Any, row: RowTokens) -> dict[str, int]:
-    """FLOPs of the decoder layers, in both conventions."""
-    fused = config.text_config.model_type == "phi3"
-    parts = run_flops(config, row, causal=True, folded=True)
-    return {
-        "paper": paper_flops(config, row, fused_qkv=fused),
-        "as_run": parts["language_model"] + parts["proxyv"],
-    }

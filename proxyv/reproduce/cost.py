@@ -1,0 +1,120 @@
+"""What a prefill costs an arm, beside the baseline of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxyv import ProxyVForConditionalGeneration
+from proxyv.eval.answerer import Answerer
+from proxyv.eval.images import row_images
+from proxyv.eval.sources import Rows
+from proxyv.model.flops import RowTokens, paper_flops, run_flops
+from proxyv.profiling.measure import time_interleaved
+from proxyv.profiling.shapes import with_start
+from proxyv.study.cost import make_prompt
+
+__all__ = ["arm_cost", "page_crops"]
+
+
+def page_crops(answerer: Answerer, benchmark: Any, rows: Rows, number: int) -> Tensor:
+    """Crops of pages that are spread over a benchmark, as many as asked for.
+
+    Returns:
+        (number, 3, height, width), in the model's type.
+    """
+    found: list[Tensor] = []
+    for place in range(number):
+        index = place * len(rows) // number
+        images = [image.load() for image in row_images(benchmark, rows, index)]
+        inputs = answerer.processor.image_inputs(images)
+        found += [
+            pixels[:count]
+            for pixels, count in zip(inputs["pixel_values"], inputs["num_crops"], strict=True)
+        ]
+    return torch.cat(found)[:number].to(answerer.device, answerer.model.dtype)
+
+
+def arm_cost(model: Any, crops: Tensor, cost: Mapping[str, int]) -> dict[str, Any]:
+    """FLOPs and time of a prefill.
+
+    The baseline has random weights and takes turns with the model, so that what else the machine
+    does hits both.
+
+    Args:
+        model: with its method, if any.
+        crops: (C, 3, height, width) what the prompt shows.
+        cost: ``text`` tokens, and ``repeats`` of the timing.
+
+    Returns:
+        ``flops`` of the decoder layers, in the paper's count and as run, the same of the baseline,
+        ``kept`` (mean tokens that are left of a crop, where the image decides; else None), and
+        ``prefill_seconds`` of every round.
+    """
+    config = model.config
+    base = _baseline(config)
+    stock = ProxyVForConditionalGeneration(base).to(model.device, model.dtype).eval()
+    stock.set_attn_implementation(config._attn_implementation)
+    model.fuse()
+    works = {}
+    for name, own in (("baseline", stock), ("arm", model)):
+        prompt = make_prompt(own, len(crops), cost["text"]) | {"pixel_values": crops[None]}
+        works[name] = partial(_prefill, own, prompt)
+    timings = time_interleaved(works, model.device, cost["repeats"])
+    method = config.reduction_method
+    ragged = method is not None and method.tokens_per_crop(config.side**2) is None
+    kept = _tokens_left(model, crops, cost["text"]) if ragged else None
+    row = RowTokens(len(crops), cost["text"])
+    left = row if kept is None else RowTokens(len(crops), cost["text"], kept=round(kept))
+    return {
+        "crops": len(crops),
+        "text": cost["text"],
+        "kept": kept,
+        "flops": _flops(config, left),
+        "baseline_flops": _flops(base, row),
+        "prefill_seconds": [round(s, 6) for s in timings["arm"].seconds],
+        "baseline_prefill_seconds": [round(s, 6) for s in timings["baseline"].seconds],
+    }
+
+
+def _baseline(config: Any) -> Any:
+    """The configuration without ProxyV layers and without reduction."""
+    layer = config.vision_feature_layer
+    return with_start(
+        config,
+        None,
+        skip=None,
+        reduction=None,
+        proxy_kind="spatial",
+        learned_proxies=None,
+        vision_feature_layer=layer if isinstance(layer, int) else layer[-1],
+    )
+
+
+@torch.inference_mode()
+def _prefill(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    return model(**inputs, use_cache=True, logits_to_keep=1).logits
+
+
+@torch.inference_mode()
+def _tokens_left(model: Any, crops: Tensor, text: int) -> float:
+    """Mean number of tokens of a crop that reach the end of the decoder; the others are zeros."""
+    prompt = make_prompt(model, len(crops), text) | {"pixel_values": crops[None]}
+    hidden = model.model(**prompt).last_hidden_state[0]
+    is_image = prompt["input_ids"][0] == model.config.image_token_index
+    left = int((hidden[is_image].abs().sum(dim=-1) > 0).sum())
+    return left / len(crops) - 1  # the newline
+
+
+def _flops(config: Any, row: RowTokens) -> dict[str, int]:
+    """FLOPs of the decoder layers, in both conventions."""
+    fused = config.text_config.model_type == "phi3"
+    parts = run_flops(config, row, causal=True, folded=True)
+    return {
+        "paper": paper_flops(config, row, fused_qkv=fused),
+        "as_run": parts["language_model"] + parts["proxyv"],
+    }
