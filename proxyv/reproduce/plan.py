@@ -77,7 +77,7 @@ class Plan:
         settings: training settings of all arms, by section.
         later_seeds: how many of the seeds tiers 2 and 3 take.
         batch_size: questions at a time.
-        answer_tokens: longest answer; None leaves it to the benchmarks.
+        answer_tokens: longest answer of some tasks; the others are as long as published.
         cost: ``crops``, ``text`` and ``repeats`` of the prefill whose cost is measured.
         curve: shares of layers of the redundancy curve; None leaves it out.
     """
@@ -94,7 +94,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     later_seeds: int = 1
     batch_size: int = 16
-    answer_tokens: int | None = None
+    answer_tokens: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, int] = field(default_factory=lambda: {"crops": 5, "text": 50, "repeats": 7})
     curve: str | None = None
 
@@ -195,7 +195,7 @@ def _checked(where: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(path: Path, plan: Plan) -> None:
-    for task in [*plan.tasks, *plan.score]:
+    for task in [*plan.tasks, *plan.score, *plan.answer_tokens]:
         if task not in BENCHMARKS:
             raise ValueError(f"{path}: {nearest('task', task, BENCHMARKS)}")
     if missing := [task for task in plan.score if task not in plan.tasks]:

@@ -110,7 +110,6 @@ def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dic
     )
     answerer = BriefAnswerer.load(str(model), **fields)
     assert isinstance(answerer, BriefAnswerer), "load makes an object of the class it is called on"
-    answerer.most_tokens = plan.answer_tokens
     tasks = evaluate(plan, answerer, model, world, runs / job.name / "eval", say)
     say(f"{job.name}: cost of a prefill")
     benchmark = BENCHMARKS[plan.score[0]]
@@ -129,7 +128,8 @@ def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dic
         "settings": {
             "arm": {"model": dict(job.arm.model), "reduction": fields.get("reduction")},
             **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
-            "evaluation": answerer.describe() | {"batch_size": plan.batch_size},
+            "evaluation": answerer.describe()
+            | {"batch_size": plan.batch_size, "answer_tokens": dict(plan.answer_tokens)},
             "world": dict(plan.world),
         },
         "weights": fingerprint(model),
@@ -220,7 +220,7 @@ def _sessions(path: Path) -> list[float]:
 
 def evaluate(
     plan: Plan,
-    answerer: Answerer,
+    answerer: BriefAnswerer,
     model: Path,
     world: Path,
     output: Path,
@@ -235,6 +235,7 @@ def evaluate(
     for task, limit in plan.tasks.items():
         rows, folder = load_rows(BENCHMARKS[task], world), output / task
         options = RunOptions(plan.batch_size, limit)
+        answerer.most_tokens = plan.answer_tokens.get(task)
         results = score_tasks(str(model), answerer, {task: rows}, options, folder, say, data=world)
         entry = results["tasks"][task]
         if entry["failed"]:
