@@ -22,8 +22,8 @@ from proxyv.reduction.fitprune_calibration import (
     AttentionSums,
     calibrate,
     counts_for,
-    prefill_flops,
     read_sums,
+    saved_share,
 )
 from proxyv.reduction.rows import Rows, select
 
@@ -138,6 +138,11 @@ def test_fitprune_refusals() -> None:
 # --- calibration
 
 
+def prefill_flops(width: int, intermediate: int, rows) -> int:
+    """Projections, attention, gated MLP."""
+    return sum(8 * n * width**2 + 4 * n * n * width + 6 * n * width * intermediate for n in rows)
+
+
 def slow_counts(sums: AttentionSums, alpha: float) -> list[int]:
     gone: list[int] = []
     counts = []
@@ -192,6 +197,7 @@ def test_calibration_meets_its_budget_and_a_smaller_share_does_not(seed: int, ra
         return 1 - cost(rows) / cost([17] * 4)
 
     assert saved(method.scheme) >= ratio - 1e-9
+    assert saved_share(method, sums, cost) == pytest.approx(saved(method.scheme))
     steps = [counts_for(sums, step / 128) for step in range(129)]
     assert any(
         list(method.scheme) == after and saved(before) < ratio

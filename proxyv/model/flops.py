@@ -10,6 +10,7 @@ S x S, guided updates unfolded, the last layer like the others.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from proxyv.model.reduction_flops import (
 )
 from proxyv.reduction.base import ProjectorReduction
 
-__all__ = ["RowTokens", "kv_cache_bytes", "paper_flops", "run_flops"]
+__all__ = ["RowTokens", "kv_cache_bytes", "layers_flops", "paper_flops", "run_flops"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
     stages = [dataclasses.replace(shape, full=full) for full in left]
     ordinary = sum(_paper_ordinary(stage, fused_qkv) for stage in stages[:start])
     return ordinary + sum(_paper_proxyv(config, stage, fused_qkv) for stage in stages[start:])
+
+
+def layers_flops(config: Any, rows: Sequence[int]) -> int:
+    """FLOPs of ordinary decoder layers as the paper counts them, given the rows in each."""
+    shape = _Shape.of(config, RowTokens(crops=0, text=0))
+    return sum(_paper_ordinary(dataclasses.replace(shape, light=n), False) for n in rows)
 
 
 def _paper_ordinary(shape: _Shape, fused_qkv: bool) -> int:

@@ -96,28 +96,15 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
 
         Those of ``get_image_features`` go there, what is not named here to the language model.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         for unused in ("mm_encoder_outputs", "return_dict"):
             kwargs.pop(unused, None)
         options = {name: kwargs.pop(name, None) for name in FEATURE_OPTIONS}
-        image_mask = self.image_mask(input_ids, inputs_embeds)
-        if input_ids is not None:
-            # The image token need not have a row in the embedding: its rows are replaced.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-        assert inputs_embeds is not None
-        layout: SequenceLayout | None = None
-        image_features: Tensor | None = None
-        if pixel_values is not None and pixel_values.shape[0] > 0:
-            images: Any = self.get_image_features(pixel_values, **options)
-            layout = self._lay_out(images.grids, image_mask, attention_mask)
-            image_features = torch.cat(images.pooler_output).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
-        else:
-            self._refuse_missing_images(image_mask)
-            inputs_embeds = self._touch_unused(inputs_embeds)
+        embeds, layout, image_features = self.embed(
+            input_ids, pixel_values, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+            **options,
+        )  # fmt: skip
         outputs = self.language_model(
-            attention_mask=attention_mask, inputs_embeds=inputs_embeds, layout=layout, **kwargs
+            attention_mask=attention_mask, inputs_embeds=embeds, layout=layout, **kwargs
         )
         return LlavaNextModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -126,6 +113,39 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, SequenceLayout | None, Tensor | None]:
+        """Make what the language model reads; arguments as for ``forward``.
+
+        Returns:
+            (B, S, D) rows; their layout, None without images and where the packing is that of
+            the stock model; and (image tokens, D) features, None without images.
+
+        Raises:
+            ValueError: image tokens, ``pixel_values`` and ``num_crops`` that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        image_mask = self.image_mask(input_ids, inputs_embeds)
+        if input_ids is not None:
+            # The image token need not have a row in the embedding: its rows are replaced.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+        assert inputs_embeds is not None
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            self._refuse_missing_images(image_mask)
+            return self._touch_unused(inputs_embeds), None, None
+        images: Any = self.get_image_features(pixel_values, **options)
+        layout = self._lay_out(images.grids, image_mask, attention_mask)
+        features = torch.cat(images.pooler_output).to(inputs_embeds)
+        return inputs_embeds.masked_scatter(image_mask[..., None], features), layout, features
 
     def _lay_out(
         self, grids: Sequence[ImageGrid], image_mask: Tensor, attention_mask: Tensor | None

@@ -4,8 +4,8 @@ Each layer may lose the tokens that carry at most a share ``alpha`` of the atten
 tokens get there, from text and from one another; bisection finds an alpha that just meets the
 budget.
 
-Source: FitPrune (AAAI 2025), section 3.3, and its published code. Differs: the result always
-    meets the budget; tokens that already went count towards a layer's share; the sums of real
+Source: FitPrune (AAAI 2025), section 3.3, and its published code. Differs: each sample's
+    own counts always meet the budget; tokens that already went count towards a layer's share; the sums of real
     rows only; samples of different length are brought to one.
 """
 
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxyv.model.reduction_flops import full_tokens
 from proxyv.reduction.attention import decoder_heads
 from proxyv.reduction.base import DecoderReduction, Drop, require_number
 from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.fitprune import FitPrune, head_max_sums
 from proxyv.reduction.rows import Rows
 
-__all__ = ["AttentionSums", "calibrate", "counts_for", "prefill_flops", "read_sums"]
+__all__ = ["AttentionSums", "calibrate", "counts_for", "read_sums", "saved_share"]
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,6 @@ def _expendable(attention: Tensor, gone: Tensor, alpha: float) -> Tensor:
     return torch.zeros_like(gone).scatter(0, order, total <= alpha * total[-1])
 
 
-def prefill_flops(width: int, intermediate: int, rows: Sequence[int]) -> float:
-    """FLOPs of reading a prompt with ``rows[i]`` rows in layer i, gated MLPs of that width.
-
-    Projections 8 n D^2, attention 4 n^2 D, MLP 6 n D m; head and embedding left out.
-    """
-    return float(sum(8 * n * width**2 + 4 * n * n * width + 6 * n * width * intermediate
-                     for n in rows))  # fmt: skip
-
-
 def calibrate(
     samples: Iterable[AttentionSums],
     ratio: float,
@@ -162,31 +154,46 @@ def calibrate(
     return FitPrune(tuple(scheme), most)
 
 
+def saved_share(
+    method: FitPrune, sums: AttentionSums, cost: Callable[[Sequence[int]], float]
+) -> float:
+    """Share of the cost that a method saves on a sample, counts rounded as the method does."""
+    layers, n = sums.from_text.shape
+    left = full_tokens(method, n, layers)
+    whole = cost(_rows([0] * layers, sums))
+    return 1 - cost([tokens + sums.num_other for tokens in left]) / whole
+
+
+def _rows(counts: Sequence[int], sums: AttentionSums) -> list[int]:
+    """Rows in each layer, where so many image tokens go after each."""
+    left, length = [], sums.from_text.shape[1] + sums.num_other
+    for count in counts:
+        left.append(length)
+        length -= count
+    return left
+
+
 def _cheapest(
     sums: AttentionSums, ratio: float, cost: Callable[[Sequence[int]], float], precision: float
 ) -> list[int]:
     """Counts of an alpha that saves enough, where one smaller by ``precision`` does not."""
     n = sums.from_text.shape[1]
 
-    def rows(counts: Sequence[int]) -> list[int]:
-        left, length = [], n
-        for count in counts:
-            left.append(length + sums.num_other)
-            length -= count
-        return left
+    def spent(counts: Sequence[int]) -> float:
+        return cost(_rows(counts, sums))
 
-    whole = cost(rows([0] * len(sums.from_text)))
+    whole = spent([0] * len(sums.from_text))
     low, high = 0.0, 1.0
     best = counts_for(sums, high)
-    if cost(rows(best)) > (1 - ratio) * whole:
+    if spent(best) > (1 - ratio) * whole:
         raise ValueError(
             f"ratio={ratio} cannot be saved: dropping all {n} image tokens after the first layer "
-            f"saves {1 - cost(rows(best)) / whole:.2f}; ask for less"
+            f"saves {1 - spent(best) / whole:.2f}; ask for less"
         )
     while high - low > precision:
         middle = (low + high) / 2
         counts = counts_for(sums, middle)
-        if cost(rows(counts)) <= (1 - ratio) * whole:
+        if spent(counts) <= (1 - ratio) * whole:
             high, best = middle, counts
         else:
             low = middle
