@@ -18,12 +18,15 @@ from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.images import row_images
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
+from proxyv.model.flops import RowTokens, paper_flops
+from proxyv.profiling.shapes import with_start
 from proxyv.reproduce.__main__ import main
-from proxyv.reproduce.plan import choose, find_plan, presets, read_plan
+from proxyv.reproduce.plan import Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
 from proxyv.reproduce.results import pack, read_result, unpack
 from proxyv.study.kept import kept_patches
 from proxyv.train import run as train_run
+from proxyv.train.build import build_on_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -227,6 +230,27 @@ def test_shipped_presets_are_complete() -> None:
                 settings = plan.stage(job, "finetune", Path("runs"))
                 assert settings.model.init_from == f"runs/{job.name}/pretrain"
                 assert settings.run.seed == job.seed
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = find_plan(name)
+    configs: dict[str, Any] = {}
+    for arm in plan.arms.values():
+        if arm.checkpoint is None:
+            settings = plan.stage(Job(arm, plan.seeds[0]), "pretrain", Path("runs"))
+            configs[arm.name] = build_on_meta(settings).config
+        else:
+            source = configs[arm.checkpoint]
+            configs[arm.name] = with_start(source, source.start_layer, reduction=arm.reduction)
+    counts = {arm: paper_flops(config, RowTokens(5, 50)) for arm, config in configs.items()}
+    saved = {arm: 100 * (1 - count / counts["baseline"]) for arm, count in counts.items()}
+    # The paper's figures; a small model with a large share of attention is a few points off.
+    stated = {"proxyv-early": 46, "proxyv-late": 36, "visionzip": 32, "pyramiddrop": 42}
+    for arm, percent in stated.items():
+        assert saved[arm] == pytest.approx(percent, abs=5), arm
+    assert saved["visionzip-nonspatial"] == pytest.approx(62, abs=2)
 
 
 @pytest.mark.parametrize(
