@@ -4,9 +4,9 @@ Each layer may lose the tokens that carry at most a share ``alpha`` of the atten
 tokens get there, from text and from one another; bisection finds an alpha that just meets the
 budget.
 
-Source: FitPrune (AAAI 2025), section 3.3, and its published code. Differs: each sample's
-    own counts always meet the budget; tokens that already went count towards a layer's share; the sums of real
-    rows only; samples of different length are brought to one.
+Source: FitPrune (AAAI 2025), section 3.3, and its published code. Differs: the counts found for a
+    sample always meet the budget; tokens that already went count towards a layer's share; the
+    sums of real rows only; samples of different length are brought to one.
 """
 
 from __future__ import annotations
