@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the backbones of the preset tiny from scratch (hours on two cores) into data/tiny.
-# A run that was stopped goes on where it was. Arguments go to both halves.
+# A run that was stopped goes on where it was. Arguments go to both backbones.
 #
 #   bash scripts/stage0.sh
 set -euo pipefail
@@ -12,3 +12,5 @@ say "language model: answers about pages given as characters"
 python -m proxyv.train.stage0 language --run runs/stage0/language "$@"
 say "vision tower: reads characters, and says how the language model knows them"
 python -m proxyv.train.stage0 tower --run runs/stage0/tower "$@"
+say "projector: between the two, where stage 1 starts"
+python -m proxyv.train.stage0 projector --run runs/stage0/projector

@@ -100,6 +100,7 @@ def overrides(folder: Path, **more: object) -> list[str]:
     values = {
         "model.language": folder / "language",
         "model.vision": folder / "vision",
+        "model.projector": "null",
         "model.start_layer": 1,
         "model.side_reduction": 4,
         "data.annotations": folder / "rows.json",

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from proxyv.data.templates import IGNORE_INDEX
+from proxyv.model.modeling import ProxyVForConditionalGeneration
+from proxyv.model.stage1 import load_projector, save_stage1
 from proxyv.synthetic.page import Glyph
 from proxyv.synthetic.world import CHART_PROMPT, DOCUMENT_PROMPT, READ_PROMPT, Mix
 from proxyv.train.stage0.language import (
@@ -33,6 +35,7 @@ from proxyv.train.stage0.loop import (
 )
 from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, warped
+from proxyv.train.stage0.projector import PageProjector, ProjectorSettings, train_projector
 from proxyv.train.stage0.targets import (
     ALPHABET,
     BLANK,
@@ -255,6 +258,49 @@ def test_the_tower_learns_the_embedding_of_the_language_model(tmp_path: Path) ->
     save_file({"read.weight": torch.zeros(1)}, tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match=r"holds no page table.*stage0 language"):
         PageTable.of_language(tmp_path, (12, 12), 14)
+
+
+def test_the_projector_learns_the_embedding_and_starts_a_model(tmp_path: Path) -> None:
+    """The file that is written makes a model's rows of an image those of the page table."""
+    small = {"ring": 8, "workers": 0}
+    reader = GridReader(LanguageSettings(tmp_path, tmp_path, held=0, **small))
+    save_bf16(reader, "language", tmp_path / "language")
+    tower = ReadingTower(
+        TowerSettings(tmp_path, tmp_path, language=tmp_path / "language", held=0, **small)
+    )
+    save_bf16(tower, "tower", tmp_path / "vision")
+    settings = ProjectorSettings(
+        tmp_path / "run", tmp_path / "projector.safetensors", steps=12, batch=4, renew=1, held=2,
+        language=tmp_path / "language", vision=tmp_path / "vision", **small,
+    )  # fmt: skip
+    with torch.no_grad():
+        fresh = PageProjector(settings).measure()
+    train_projector(settings)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(0 < rows[-1][kind] < fresh[kind] for kind in ("documents", "charts"))
+
+    fitted = PageProjector(settings)
+    fitted.load_state_dict(torch.load(tmp_path / "run/state.pt", weights_only=True)["trainee"])
+    image = torch.rand(1, 3, 168, 168)
+    with torch.no_grad():
+        expected = fitted(tower.features(image))[0]
+    for start_layer in (None, 3):
+        model = ProxyVForConditionalGeneration.from_backbones(
+            tmp_path / "vision",
+            tmp_path / "language",
+            config_overrides={
+                "start_layer": start_layer, "image_token_index": 4, "vision_feature_layer": -1,
+            },
+        )  # fmt: skip
+        load_projector(model, settings.out)
+        with torch.no_grad():
+            found = model.model.multi_modal_projector(tower.features(image))[0]
+        torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
+        newline = model.model.image_newline.float()
+        torch.testing.assert_close(newline, reader.table.newline, atol=1e-2, rtol=1e-2)
+    save_stage1(model, tmp_path / "proxyv.safetensors")
+    with pytest.raises(ValueError, match=r"trained with start_layer=3.*start_layer=None"):
+        load_projector(model, tmp_path / "proxyv.safetensors")
 
 
 def test_an_answer_weighs_as_the_root_of_its_length() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from proxyv.model.checkpoints import check_variant, from_released, load_exactly, to_released
 
-__all__ = ["load_stage1", "read_stage1", "save_stage1", "write_stage1"]
+__all__ = ["load_projector", "load_stage1", "read_stage1", "save_stage1", "write_stage1"]
 
 _OURS = re.compile(
     r"\.(multi_modal_projector|guided_update|proxy_initializer|light_mlp)\.|\.image_newline$"
@@ -55,6 +55,22 @@ def load_stage1(model: nn.Module, path: str | Path) -> None:
     if config.skip is None:
         check_variant(to_released(state, config.start_layer), config)
     load_exactly(model, state, _stage1_part(model))
+
+
+def load_projector(model: nn.Module, path: str | Path) -> None:
+    """Load projector and newline from a stage-1 file of a baseline, whatever the model's layers.
+
+    Args:
+        model: a ``ProxyVForConditionalGeneration`` on any device but meta.
+        path: ``.safetensors`` or ``.bin`` file without ProxyV modules.
+
+    Raises:
+        ValueError: a file with ProxyV modules, or tensors that do not fit.
+
+    Source: LLaVA's ``pretrain_mm_mlp_adapter``. Differs: the newline has to be there too.
+    """
+    wanted = {name: t for name, t in _stage1_part(model).items() if ".layers." not in name}
+    load_exactly(model, read_stage1(path, None), wanted)
 
 
 def read_stage1(path: str | Path, start_layer: int | None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from proxyv.config import ProxyVConfig
 from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_of
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
+from proxyv.model.stage1 import load_projector
 from proxyv.train.adapters import add_adapters, quantize
 from proxyv.train.settings import ModelSettings, Settings
 from proxyv.train.sharding import build_in_shares, in_shares
@@ -227,6 +228,8 @@ def _from_backbones(settings: Settings, tokenizer: Any) -> Any:
         dtype=_weight_dtype(settings),
         language_kwargs={**options, **settings.model.language_fields},
     )
+    if settings.model.projector is not None:
+        load_projector(model, settings.model.projector)
     if options:  # a GGUF was dequantised on loading; its note would say that 4-bit weights follow
         del model.config.text_config.quantization_config
     return model

@@ -78,6 +78,9 @@ class ModelSettings:
         None,
         "folder of a finished run to start from; 'auto' is the pretrain run of the same model",
     )
+    projector: str | None = option(
+        None, "stage-1 file without ProxyV modules whose projector and newline a fresh model takes"
+    )
     language_fields: dict[str, Any] = field(
         default_factory=dict,
         metadata=_about("fields of the language model's configuration to set otherwise"),

@@ -1,4 +1,4 @@
-"""Train the tiny preset's backbones: ``python -m proxyv.train.stage0 tower|language``."""
+"""Train the tiny preset's parts: ``python -m proxyv.train.stage0 language|tower|projector``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 
 from proxyv.cli import run_command
 from proxyv.train.stage0.language import LanguageSettings, train_language
+from proxyv.train.stage0.projector import ProjectorSettings, train_projector
 from proxyv.train.stage0.tower import TowerSettings, train_tower
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and train one backbone."""
+    """Parse the command line and train one part."""
     parser = argparse.ArgumentParser(
         prog="python -m proxyv.train.stage0",
-        description="Train the vision tower or the language model of the tiny preset from scratch "
-        "on the small world. A run that was stopped goes on where it was.",
+        description="Train the language model, then the vision tower of the tiny preset from "
+        "scratch on the small world, then fit the projector between them. A run that was stopped "
+        "goes on where it was.",
         epilog="example: python -m proxyv.train.stage0 tower --run runs/tower --steps 9000",
     )
-    parser.add_argument("backbone", choices=("tower", "language"))
+    parser.add_argument("part", choices=("language", "tower", "projector"))
     parser.add_argument("--run", type=Path, required=True, help="folder for state and log")
-    parser.add_argument("--out", type=Path, help="default data/tiny/vision or data/tiny/language")
-    parser.add_argument("--init", type=Path, help="folder of an earlier result to start from")
-    parser.add_argument("--steps", type=int, help="default 9000 for the tower, 8000 for language")
-    parser.add_argument("--seed", type=int, help="default 11 for the tower, 12 for language")
+    parser.add_argument("--out", type=Path, help="default: its place in data/tiny")
+    parser.add_argument("--init", type=Path, help="folder of an earlier backbone to start from")
+    parser.add_argument("--steps", type=int, help="default 8000, 9000 for the tower, 420 to fit")
+    parser.add_argument("--seed", type=int, help="default 12, 11 for the tower, 29 for the rest")
     parser.add_argument("--threads", type=int, help="torch threads, default all")
     options = parser.parse_args(argv)
     if options.threads:
@@ -36,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         k: v for k, v in vars(options).items() if k in ("steps", "seed", "init") and v is not None
     }
     tiny = Path("data/tiny")
-    if options.backbone == "tower":
+    if options.part == "projector":
+        if options.init:
+            raise ValueError("--init is for a backbone; the projector is fitted anew in minutes")
+        out = options.out or tiny / "projector.safetensors"
+        train_projector(ProjectorSettings(run=options.run, out=out, **given))
+    elif options.part == "tower":
         out = options.out or tiny / "vision"
         train_tower(TowerSettings(run=options.run, out=out, **given))
     else:

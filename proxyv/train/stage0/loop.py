@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = ["Optimisers", "Trainee", "learning_rate", "load_bf16", "run_loop", "save_bf16"]
 
 HEAD_FILE = "head.safetensors"
+BETAS = (0.9, 0.95)  # of AdamW
 
 
 def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
@@ -44,13 +45,15 @@ class Optimisers:
         for name, parameter in module.named_parameters():
             hidden = parameter.ndim == 2 and "layers." in name
             (matrices if hidden else others).append(parameter)
-        self.rates = (matrix_rate, other_rate)
-        self.parts = (
-            torch.optim.Muon(
+        parts: list[tuple[float, torch.optim.Optimizer]] = [
+            (other_rate, torch.optim.AdamW(others, lr=other_rate, weight_decay=0.0, betas=BETAS))
+        ]
+        if matrices:
+            muon = torch.optim.Muon(
                 matrices, lr=matrix_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=other_rate, weight_decay=0.0, betas=(0.9, 0.95)),
-        )
+            )
+            parts.insert(0, (matrix_rate, muon))
+        self.rates, self.parts = zip(*parts, strict=True)
 
     def step(self, share: float) -> None:
         """One step at a share of the peak rates, then clear the gradients."""
