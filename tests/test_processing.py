@@ -119,6 +119,20 @@ def test_the_first_pinpoint_wins_a_tie() -> None:
     assert other.canvas_hw == (PX, 2 * PX)
 
 
+def test_a_single_tile_is_the_thumbnail_alone() -> None:
+    """With a resolution of one crop, small pages are one crop and large ones several."""
+    processor = make_processor(pinpoints=[[PX, PX], [2 * PX, 2 * PX]], image_aspect_ratio="anyres")
+    small, large = picture(PX, PX), picture(2 * PX, 2 * PX)
+    inputs = processor(images=[small, large], text="a<image>b<image>", return_tensors="pt")
+    assert inputs["num_crops"].tolist() == [1, 5]
+    assert [processor.crop_layout((side, side)).num_crops for side in (PX, 2 * PX)] == [1, 5]
+    padded = processor.image_inputs(small, "pad")["pixel_values"][0]
+    assert torch.equal(inputs["pixel_values"][0, :1], padded)
+    assert not inputs["pixel_values"][0, 1:].any() and inputs["pixel_values"][1, 4].any()
+    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert tokens == 6 * (SIDE**2 + 1) == processor.token_counts(inputs)[0] * 6
+
+
 sizes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 
 

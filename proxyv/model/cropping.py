@@ -1,9 +1,9 @@
 """Images and video frames to crops, and crops to counts of tokens.
 
 ``pad`` makes one crop: the image on a square of the mean colour. ``anyres`` makes several: the
-whole image squashed to one crop, then the tiles of the best of several resolutions. Pixels equal
-those of the authors' ``process_images``, because resizing stays in PIL. A video is an image whose
-crops are its frames, each made as by ``pad``, and pooled in the model.
+whole image squashed to one crop, then the tiles of the best of several resolutions, if they are two
+or more. Pixels equal those of the authors' ``process_images``, because resizing stays in PIL. A
+video is an image whose crops are its frames, each made as by ``pad``, and pooled in the model.
 """
 
 from __future__ import annotations
@@ -183,6 +183,6 @@ class CroppingMixin:
 
     def _anyres_crops(self, image: Image.Image) -> np.ndarray:
         """(C, 3, height, width): the thumbnail, then the tiles in raster order."""
-        self.crop_layout((image.height, image.width), "anyres")  # checks the pinpoints
+        cut = self.crop_layout((image.height, image.width), "anyres")
         pixels = self.image_processor.preprocess([image], do_pad=False)["pixel_values"][0]
-        return np.asarray(pixels, dtype=np.float32)
+        return np.asarray(pixels[: cut.num_crops], dtype=np.float32)

@@ -37,8 +37,8 @@ class CropLayout:
 
     Attributes:
         num_crops: crops in all, the thumbnail included.
-        grid_hw: tiles down and across, without the thumbnail; (0, 0) for "pad".
-        canvas_hw: pixels of the canvas that the tiles cover; one crop for "pad".
+        grid_hw: tiles down and across, without the thumbnail; (0, 0) where that is all.
+        canvas_hw: pixels of the canvas that the tiles cover; one crop without tiles.
     """
 
     num_crops: int
@@ -85,20 +85,23 @@ def crop_layout(
         crop_px: side of a crop in pixels.
 
     Returns:
-        The cut.
+        The cut. A resolution of a single tile gives the thumbnail alone, since the tile would
+        show the same again.
 
     Raises:
         ValueError: an unknown ``aspect_ratio``, an empty image, no pinpoints, or a pinpoint that
             crops do not tile.
 
-    Source: authors' select_best_resolution and process_anyres_image. Differs: height first.
+    Source: authors' select_best_resolution and process_anyres_image. Differs: height first; they
+    have no resolution of a single tile.
     """
     require_one_of("image_aspect_ratio", aspect_ratio, ASPECT_RATIOS)
     height, width = int(size_hw[0]), int(size_hw[1])
     if height < 1 or width < 1:
         raise ValueError(f"image of height {height} and width {width}: both must be at least 1")
+    single = CropLayout(1, (0, 0), (crop_px, crop_px))
     if aspect_ratio == "pad":
-        return CropLayout(1, (0, 0), (crop_px, crop_px))
+        return single
     if not pinpoints_hw:
         raise ValueError("image_grid_pinpoints is empty: give at least one (height, width)")
     best_h, best_w = select_best_resolution((height, width), [tuple(p) for p in pinpoints_hw])
@@ -108,6 +111,8 @@ def crop_layout(
             f"not tile: use multiples of {crop_px}"
         )
     grid = (best_h // crop_px, best_w // crop_px)
+    if grid == (1, 1):
+        return single
     return CropLayout(grid[0] * grid[1] + 1, grid, (best_h, best_w))
 
 
