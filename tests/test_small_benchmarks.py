@@ -122,10 +122,11 @@ def test_the_flag_changes_no_other_file(world: Path, tmp_path: Path) -> None:
         assert (tmp_path / file).read_bytes() == (world / file).read_bytes()
 
 
-def test_infographics_are_taller_than_wide(world: Path) -> None:
-    rows = load_rows(BENCHMARKS["infovqa"], world)
-    [image] = row_images(BENCHMARKS["infovqa"], rows, 0)
-    assert image.size_hw() == (336, 168)
+@pytest.mark.parametrize(("name", "side_px"), [("infovqa", 336), ("ccpdf", 336), ("docvqa", 168)])
+def test_dense_pages_are_larger(name: str, side_px: int, world: Path) -> None:
+    rows = load_rows(BENCHMARKS[name], world)
+    [image] = row_images(BENCHMARKS[name], rows, 0)
+    assert image.size_hw() == (side_px, side_px)
 
 
 def test_every_benchmark_runs_offline(world: Path, tmp_path: Path) -> None:

@@ -26,12 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=2026, help="default 2026")
     parser.add_argument("--train-documents", type=int, default=3000, help="pages, default 3000")
     parser.add_argument("--train-charts", type=int, default=3000, help="pages, default 3000")
+    parser.add_argument(
+        "--train-further",
+        type=int,
+        default=0,
+        help="scenes, words, infographics and pages to be read, so many of each (default 0)",
+    )
     parser.add_argument("--test-documents", type=int, default=100, help="pages, default 100")
     parser.add_argument("--test-charts", type=int, default=100, help="pages, default 100")
     parser.add_argument(
         "--questions-per-page", type=int, default=5, help="at most so many questions, default 5"
     )
     parser.add_argument("--side-px", type=int, default=168, help="page side, default 168")
+    parser.add_argument(
+        "--dense-px",
+        type=int,
+        default=None,
+        help="side of infographics and of pages to be read (default: twice the page side)",
+    )
     parser.add_argument("--workers", type=int, default=None, help="default: one for each core")
     parser.add_argument(
         "--all-benchmarks",
@@ -53,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         side_px=options.side_px,
         workers=options.workers,
         all_benchmarks=options.all_benchmarks,
+        train_further=options.train_further,
+        dense_px=options.dense_px,
     )
     if options.json:
         print(json.dumps(rows))

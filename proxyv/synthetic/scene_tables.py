@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from proxyv.synthetic.page import Page, Split
-from proxyv.synthetic.scenes import COLOURS, Scene, Thing, draw_word, make_scene
+from proxyv.synthetic.prompts import SIGN_QUESTION
+from proxyv.synthetic.scenes import COLOURS, SIGN_LETTERS, Scene, Thing, make_scene
 from proxyv.synthetic.tables import (
     ENCODED,
     INTEGER,
@@ -25,6 +25,7 @@ from proxyv.synthetic.tables import (
     png_bytes,
     write_parquet,
 )
+from proxyv.synthetic.word_images import FORMULA, WRITTEN, word_image, word_question
 from proxyv.synthetic.words import Words
 
 __all__ = ["write_scene_sets"]
@@ -94,7 +95,7 @@ def _choices(scene: Scene, rng: np.random.Generator) -> tuple[Choice, ...]:
     free = [place for place in places if place not in {each.place for each in scene.shapes}]
     wrong_words: list[str] = []
     while len(wrong_words) < 3:
-        word = words.noun(8)
+        word = words.noun(SIGN_LETTERS)
         if word != scene.sign.word and word not in wrong_words:
             wrong_words.append(word)
     return (
@@ -113,7 +114,7 @@ def _choices(scene: Scene, rng: np.random.Generator) -> tuple[Choice, ...]:
             f"Where is the {thing.name}?",
             _four(thing.place, rng.permutation(free)[:3]),
         ),
-        Choice("text", "What is written on the sign?", _four(scene.sign.word, wrong_words)),
+        Choice("text", SIGN_QUESTION, _four(scene.sign.word, wrong_words)),
     )
 
 
@@ -126,7 +127,7 @@ def _write_textvqa(folder: Path, drawn: Sequence[Drawn]) -> int:
     """TextVQA's validation split; nine of ten people agree, the last one writes small letters."""
     rows = []
     for place, (scene, png, _) in enumerate(drawn):
-        question = "what is written on the sign?"
+        question = SIGN_QUESTION.lower()
         rows.append(
             {
                 "image_id": f"small{place:05d}",
@@ -313,13 +314,11 @@ def _write_refcoco(folder: Path, drawn: Sequence[Drawn]) -> int:
 
 def _refcoco_row(name: str, place: int, thing: Thing, png: bytes) -> dict[str, Any]:
     left, top, right, bottom = thing.box
-    sentences = [f"{thing.shape} at the {thing.place}"]
-    sentences.insert(0, f"sign that says {thing.word}" if thing.word else thing.name)
     return {
         "question_id": name,
         "image": encoded(png),
         "question": "Please describe the marked thing.",
-        "answer": sentences,
+        "answer": list(thing.sentences),
         "segmentation": [left, top, right, top, right, bottom, left, bottom],
         "bbox": [left, top, right - left, bottom - top],
         "iscrowd": 0,
@@ -336,35 +335,22 @@ def _write_ocrbench(
 ) -> int:
     """OCRBench: for each scene one row of one of its ten categories, in turn."""
     words, rows = Words(rng, SPLIT), []
-    written: dict[str, Callable[[], str]] = {
-        "Regular Text Recognition": words.noun,
-        "Irregular Text Recognition": words.last_name,
-        "Artistic Text Recognition": words.first_name,
-        "Handwriting Recognition": words.first_name,
-        "Digit String Recognition": lambda: words.number(1000, 10**6),
-        "Non-Semantic Text Recognition": lambda: words.random_text(6),
-        "Handwritten Mathematical Expression Recognition": lambda: _sum(rng),
-    }
     asked = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction")
-    categories = [*written, *asked]
+    categories = [*WRITTEN, *asked]
     for place, (scene, png, _) in enumerate(drawn):
         category = categories[place % len(categories)]
-        formula = category.startswith("Handwritten")
-        question, answer = "what is written in the image?", scene.sign.word
-        if category in written:
-            answer = written[category]()
-            png = _word_image(rng, answer, category, side_px)
+        if category in WRITTEN:
+            question, answer = word_question(category), WRITTEN[category](words)
+            png = png_bytes(word_image(rng, SPLIT, answer, category, side_px))
         elif category == "Scene Text-centric VQA":
-            question = "What is written on the sign?"
+            question, answer = SIGN_QUESTION, scene.sign.word
         else:
             page, png = pages[place % len(pages)]
             question, answer = page.questions[0].text, page.questions[0].answers[0]
         rows.append(
             {
-                "dataset": "HME100k" if formula else "small world",
-                "question": "Please write out the expression in the image using LaTeX format."
-                if formula
-                else question,
+                "dataset": "HME100k" if category == FORMULA else "small world",
+                "question": question,
                 "question_type": category,
                 "answer": [answer],
                 "image": encoded(png),
@@ -373,21 +359,3 @@ def _write_ocrbench(
     features: dict[str, Any] = dict.fromkeys(("dataset", "question", "question_type"), TEXT)
     features |= {"answer": TEXTS, "image": ENCODED}
     return write_parquet(folder / "test.parquet", rows, features)
-
-
-def _sum(rng: np.random.Generator) -> str:
-    first, second = (int(value) for value in rng.integers(2, 50, size=2))
-    return f"{first} + {second} = {first + second}"
-
-
-def _word_image(rng: np.random.Generator, text: str, category: str, side_px: int) -> bytes:
-    """One line of text; irregular text is turned, artistic text is coloured."""
-    artistic, turned = category.startswith("Artistic"), category.startswith("Irregular")
-    image = Image.new("RGB", (side_px, side_px), (235, 235, 225))
-    box = (8, side_px // 3, side_px - 8, side_px * 2 // 3)
-    ink = COLOURS["purple"] if artistic else (20, 20, 20)
-    draw_word(image, rng, SPLIT, text, box, ink)
-    if turned:
-        angle = float(rng.uniform(10, 25))
-        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(235, 235, 225))
-    return png_bytes(image)

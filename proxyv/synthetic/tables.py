@@ -17,6 +17,7 @@ from PIL import Image
 
 from proxyv.synthetic.charts import chartqa_type
 from proxyv.synthetic.page import Page
+from proxyv.synthetic.prompts import PAGE_PROMPT
 
 __all__ = [
     "ENCODED",
@@ -25,7 +26,6 @@ __all__ = [
     "TEXTS",
     "encoded",
     "png_bytes",
-    "stack_pages",
     "write_ccpdf",
     "write_chartqa",
     "write_docvqa",
@@ -36,8 +36,6 @@ __all__ = [
 
 TEXT, TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 INTEGER, ENCODED = datasets.Value("int64"), datasets.Image()
-
-PAGE_PROMPT = "Recognize text in the image."
 
 Pages = Iterable[tuple[Page, bytes]]
 
@@ -126,39 +124,26 @@ def write_chartqa(folder: Path, pages: Pages, most: int) -> int:
     return write_parquet(folder / "test.parquet", rows, features)
 
 
-def stack_pages(document: Page, chart: Page) -> Image.Image:
-    """An infographic: a chart above a document."""
-    above, below = chart.image, document.image
-    width = max(above.width, below.width)
-    image = Image.new("RGB", (width, above.height + below.height), (255, 255, 255))
-    image.paste(above, (0, 0))
-    image.paste(below, (0, above.height))
-    return image
-
-
-def write_infovqa(folder: Path, documents: Pages, charts: Pages, most: int) -> int:
-    """InfographicVQA: charts above documents, with questions about both; two splits.
+def write_infovqa(folder: Path, pages: Pages, most: int) -> int:
+    """InfographicVQA, at most so many questions a page; two splits.
 
     The test split has one question a picture, whose answer is kept back.
     """
-    rows: list[dict[str, Any]] = []
-    for place, ((document, _), (chart, _)) in enumerate(zip(documents, charts, strict=True)):
-        png = png_bytes(stack_pages(document, chart))
-        chosen = [*chart.questions[: (most + 1) // 2], *document.questions[: most // 2]]
-        rows += [
-            {
-                "questionId": str(1000 * place + number),
-                "question": question.text,
-                "answers": list(question.answers),
-                "answer_type": ["single span"],
-                "image": encoded(png),
-                "image_url": f"small://infographic/{place}",
-                "operation/reasoning": [question.kind],
-                "ocr": json.dumps([chart.caption, document.caption]),
-                "data_split": "val",
-            }
-            for number, question in enumerate(chosen)
-        ]
+    rows: list[dict[str, Any]] = [
+        {
+            "questionId": str(1000 * place + number),
+            "question": question.text,
+            "answers": list(question.answers),
+            "answer_type": ["single span"],
+            "image": encoded(png),
+            "image_url": f"small://infographic/{place}",
+            "operation/reasoning": [question.kind],
+            "ocr": json.dumps([page.caption]),
+            "data_split": "val",
+        }
+        for place, (page, png) in enumerate(pages)
+        for number, question in enumerate(page.questions[:most])
+    ]
     features = {
         **dict.fromkeys(("questionId", "question"), TEXT),
         **dict.fromkeys(("answers", "answer_type"), TEXTS),

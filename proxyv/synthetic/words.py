@@ -211,6 +211,15 @@ class Words:
         """A whole number."""
         return self._draw(lambda: str(self._integer(low, high)), 9)
 
+    def sum(self) -> str:
+        """An addition with its result: "12 + 30 = 42"."""
+
+        def make() -> str:
+            first, second = self._integer(2, 50), self._integer(2, 50)
+            return f"{first} + {second} = {first + second}"
+
+        return self._draw(make, 12)
+
     def percent(self) -> str:
         """A share: "42%"."""
         return self._draw(lambda: f"{self._integer(10, 100)}%", 4)

@@ -3,30 +3,33 @@
     python -m proxyv.synthetic --out data/generated
 
 gives ShareGPT4V captions (stage 1), LLaVA-NeXT conversations (stage 2), and DocVQA and ChartQA
-rows for evaluation; ``--all-benchmarks`` adds rows of every other benchmark. Both training sets
-name their pictures relative to ``--out``. Everything follows from the seed; the training half and
-the test half share no page, no seed, no typeface, no layout and no value of three characters or
-more (labels, axis ticks and the measures and years in chart titles are common to both).
+rows for evaluation. ``--all-benchmarks`` adds rows of every other benchmark, ``--train-further``
+rows that train for them. Both training sets name their pictures relative to ``--out``. Everything
+follows from the seed; the training half and the test half share no page, no seed, no typeface, no
+layout and no value of three characters or more (labels, colours, places, coordinates, axis ticks
+and the measures and years in chart titles are common to both).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from proxyv.synthetic.charts import make_chart
+from proxyv.synthetic.charts import MIN_SIDE_PX, make_chart
 from proxyv.synthetic.degrade import degrade
 from proxyv.synthetic.documents import make_document, make_text_page
+from proxyv.synthetic.infographics import make_infographic
 from proxyv.synthetic.page import Page, Split
+from proxyv.synthetic.prompts import CHART_PROMPT, DOCUMENT_PROMPT, READ_PROMPT
 from proxyv.synthetic.scene_tables import write_scene_sets
 from proxyv.synthetic.tables import (
     png_bytes,
@@ -36,18 +39,20 @@ from proxyv.synthetic.tables import (
     write_docvqa_test,
     write_infovqa,
 )
+from proxyv.synthetic.training_kinds import KINDS as FURTHER_KINDS
+from proxyv.synthetic.training_kinds import Sizes, Turns, draw_row
 from proxyv.synthetic.word_grid import make_word_grid
 
 __all__ = ["CHART_PROMPT", "DOCUMENT_PROMPT", "READ_PROMPT", "Mix", "draw_page", "write_world"]
-
-DOCUMENT_PROMPT = "\nAnswer the question using a single word or phrase."
-CHART_PROMPT = "\nAnswer the question with a single word."
-READ_PROMPT = "Read the page."
 
 KINDS = ("text", "documents", "charts", "small_charts", "grids")
 WRITTEN = {"text": make_text_page, "documents": make_document, "grids": make_word_grid}
 
 _TRAIN_STREAM, _TEST_STREAM, _FURTHER_STREAM, _SCENE_STREAM = 0, 1, 2, 3
+_DENSE_STREAM, _TRAIN_FURTHER_STREAM = 4, 5
+
+Seed = tuple[int, ...]
+Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True)
@@ -86,23 +91,53 @@ def prompt_suffix(page: Page) -> str:
     return CHART_PROMPT if is_chart(page) else DOCUMENT_PROMPT
 
 
-def _draw(seed: tuple[int, ...], split: Split, mix: Mix, side_px: int) -> tuple[Page, bytes]:
+class Drawing(NamedTuple):
+    """How a world is drawn: its seed, sides of pages in pixels, and the processes that draw."""
+
+    seed: int
+    side_px: int
+    dense_px: int
+    workers: int
+
+    def pages(
+        self, stream: int, count: int, split: Split, mix: Mix
+    ) -> Iterator[tuple[Page, bytes]]:
+        """Pages in the order of their seeds, with their files."""
+        chart = int(mix.charts > 0)
+        seeds = [(self.seed, stream, chart, index) for index in range(count)]
+        draw = partial(_draw_page, split=split, mix=mix, side_px=self.side_px)
+        return self.each(draw, seeds, f"{split} {'charts' if chart else 'documents'}")
+
+    def dense(
+        self, kind: str, make: Callable[..., Page], count: int
+    ) -> Iterator[tuple[Page, bytes]]:
+        """Dense test pages with their files."""
+        number = ("documents", "infographics").index(kind)
+        seeds = [(self.seed, _DENSE_STREAM, number, index) for index in range(count)]
+        return self.each(
+            partial(_draw_dense, make=make, side_px=self.dense_px), seeds, f"dense {kind}"
+        )
+
+    def each(
+        self, draw: Callable[[Seed], Drawn], seeds: Sequence[Seed], what: str
+    ) -> Iterator[Drawn]:
+        """What is drawn from each seed, in their order, by several processes."""
+        bar = tqdm(total=len(seeds), desc=what, unit="page")
+        with ProcessPoolExecutor(self.workers) as pool, bar:
+            for result in pool.map(draw, seeds, chunksize=32):
+                bar.update()
+                yield result
+
+
+def _draw_page(seed: Seed, split: Split, mix: Mix, side_px: int) -> tuple[Page, bytes]:
     page = draw_page(seed, split, mix, (side_px, side_px))
     return page, png_bytes(page.image)
 
 
-def _pages(
-    seed: int, stream: int, count: int, split: Split, mix: Mix, side_px: int, workers: int
-) -> Iterator[tuple[Page, bytes]]:
-    """Pages in the order of their seeds, drawn by several processes."""
-    seeds = [(seed, stream, int(mix.charts > 0), index) for index in range(count)]
-    bar = tqdm(total=count, desc=f"{split} {'charts' if mix.charts else 'documents'}", unit="page")
-    with ProcessPoolExecutor(workers) as pool, bar:
-        for result in pool.map(
-            _draw, seeds, repeat(split), repeat(mix), repeat(side_px), chunksize=32
-        ):
-            bar.update()
-            yield result
+def _draw_dense(seed: Seed, make: Callable[..., Page], side_px: int) -> tuple[Page, bytes]:
+    rng = np.random.default_rng(seed)
+    page = degrade(make(rng, "test", (side_px, side_px)), rng)
+    return page, png_bytes(page.image)
 
 
 def write_world(
@@ -117,6 +152,8 @@ def write_world(
     side_px: int = 168,
     workers: int | None = None,
     all_benchmarks: bool = False,
+    train_further: int = 0,
+    dense_px: int | None = None,
 ) -> dict[str, int]:
     """Write both training sets, DocVQA and ChartQA under ``out``.
 
@@ -132,104 +169,129 @@ def write_world(
         workers: processes that draw (default: one for each core).
         all_benchmarks: whether every other benchmark is written too, each from as many new
             pictures as there are test documents; the other files are the same either way.
+        train_further: pictures of each further kind for training: scenes, words, infographics and
+            pages to be read. Their rows stand behind the others, which are the same either way.
+        dense_px: side of infographics and of pages to be read, in pixels; by default twice
+            ``side_px``.
 
     Returns:
         Rows written for each data set.
 
     Raises:
-        ValueError: a count is negative, or ``side_px`` is too small to write on.
+        ValueError: a count is negative, or ``side_px`` or ``dense_px`` is too small to write on.
     """
     counts = {
         "train_documents": train_documents,
         "train_charts": train_charts,
         "test_documents": test_documents,
         "test_charts": test_charts,
+        "train_further": train_further,
     }
+    dense_px = 2 * side_px if dense_px is None else dense_px
+    _check(counts, side_px, dense_px if all_benchmarks or train_further else None)
+    drawing = Drawing(seed, side_px, dense_px, workers or os.cpu_count() or 1)
+    only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
+    training = TrainingRows(out)
+    for kind, mix, count in (
+        ("document", only_documents, train_documents),
+        ("chart", only_charts, train_charts),
+    ):
+        pages = drawing.pages(_TRAIN_STREAM, count, "train", mix)
+        for index, (page, png) in enumerate(pages):
+            rng = np.random.default_rng((seed, _TRAIN_STREAM, index))
+            turns = _turns(page, questions_per_page, rng)
+            training.add(f"{kind}_{index:06d}", kind, png, page.caption, turns)
+    _add_further(training, drawing, train_further, questions_per_page)
+    rows = training.write()
+    documents = drawing.pages(_TEST_STREAM, test_documents, "test", only_documents)
+    rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
+    charts = drawing.pages(_TEST_STREAM, test_charts, "test", only_charts)
+    rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
+    if all_benchmarks:
+        rows |= _write_further(out, drawing, test_documents, questions_per_page)
+    return rows
+
+
+def _check(counts: dict[str, int], side_px: int, dense_px: int | None) -> None:
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{name} {count} is negative; give 0 or more pages")
     if side_px < 112:
         raise ValueError(f"side_px {side_px} is too small to write on; give 112 or more")
-    workers = workers or os.cpu_count() or 1
-    rows: dict[str, int] = {}
-    only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
-    captions: list[dict] = []
-    conversations: list[dict] = []
-    for folder in ("images", "sharegpt4v", "llava_next"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for kind, mix, count in (
-        ("document", only_documents, train_documents),
-        ("chart", only_charts, train_charts),
-    ):
-        stream = _pages(seed, _TRAIN_STREAM, count, "train", mix, side_px, workers)
-        for index, (page, png) in enumerate(stream):
-            name = f"{kind}_{index:06d}"
-            rng = np.random.default_rng((seed, _TRAIN_STREAM, index))
-            (out / "images" / f"{name}.png").write_bytes(png)
-            captions.append(_caption_row(name, page))
-            conversations.append(_conversation_row(name, page, kind, questions_per_page, rng))
-    _write_json(out / "sharegpt4v" / "captions.json", captions)
-    _write_json(out / "llava_next" / "conversations.json", conversations)
-    rows |= {"sharegpt4v": len(captions), "llava_next": len(conversations)}
-    documents = _pages(seed, _TEST_STREAM, test_documents, "test", only_documents, side_px, workers)
-    rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
-    charts = _pages(seed, _TEST_STREAM, test_charts, "test", only_charts, side_px, workers)
-    rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
-    if all_benchmarks:
-        draw = partial(_pages, seed, _FURTHER_STREAM, test_documents, "test")
-        documents = draw(only_documents, side_px, workers)
-        charts = draw(only_charts, side_px, workers)
-        rows |= _write_further(out, seed, list(documents), charts, questions_per_page, side_px)
-    return rows
+    if dense_px is not None and dense_px < 2 * MIN_SIDE_PX:
+        raise ValueError(
+            f"dense_px {dense_px} is too small for four panels; give {2 * MIN_SIDE_PX} or more"
+        )
 
 
-def _write_further(
-    out: Path,
-    seed: int,
-    documents: Sequence[tuple[Page, bytes]],
-    charts: Iterator[tuple[Page, bytes]],
-    most: int,
-    side_px: int,
-) -> dict[str, int]:
+def _write_further(out: Path, drawing: Drawing, count: int, most: int) -> dict[str, int]:
     """Write the benchmarks besides DocVQA and ChartQA, and DocVQA's test split."""
-    seeds = [(seed, _SCENE_STREAM, index) for index in range(len(documents))]
+    documents = list(drawing.pages(_FURTHER_STREAM, count, "test", Mix(documents=1, charts=0)))
+    infographics = drawing.dense("infographics", make_infographic, count)
+    pages = drawing.dense("documents", make_document, count)
+    seeds = [(drawing.seed, _SCENE_STREAM, index) for index in range(count)]
     return {
         "docvqa (test)": write_docvqa_test(out / "docvqa", documents),
-        "infovqa": write_infovqa(out / "infovqa", documents, charts, most),
-        "ccpdf": write_ccpdf(out / "ccpdf", documents),
-        **write_scene_sets(out, seeds, documents, side_px),
+        "infovqa": write_infovqa(out / "infovqa", infographics, most),
+        "ccpdf": write_ccpdf(out / "ccpdf", pages),
+        **write_scene_sets(out, seeds, documents, drawing.side_px),
     }
 
 
-def _caption_row(name: str, page: Page) -> dict:
-    """A row in ShareGPT4V's schema: the caption is what is written or drawn."""
-    return {
-        "id": name,
-        "image": f"images/{name}.png",
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{READ_PROMPT}"},
-            {"from": "gpt", "value": page.caption},
-        ],
-    }
+def _add_further(training: TrainingRows, drawing: Drawing, count: int, most: int) -> None:
+    """Add rows of every further kind."""
+    sizes = Sizes(drawing.side_px, drawing.dense_px, most)
+    for number, kind in enumerate(FURTHER_KINDS if count else ()):
+        seeds = [(drawing.seed, _TRAIN_FURTHER_STREAM, number, index) for index in range(count)]
+        draw = partial(draw_row, kind=kind, sizes=sizes)
+        for index, row in enumerate(drawing.each(draw, seeds, f"train {kind}s")):
+            training.add(f"{kind}_{index:06d}", kind, row.png, row.caption, row.turns)
 
 
-def _conversation_row(
-    name: str, page: Page, source: str, most: int, rng: np.random.Generator
-) -> dict:
-    """A row in LLaVA-NeXT-Data's schema: several questions about one page."""
-    turns = []
-    for place, index in enumerate(rng.permutation(len(page.questions))[:most]):
-        question = page.questions[int(index)]
+class TrainingRows:
+    """Both training sets while they are drawn.
+
+    Args:
+        out: folder of the small world; pictures are written at once, rows at the end.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.captions: list[dict] = []
+        self.conversations: list[dict] = []
+        for folder in ("images", "sharegpt4v", "llava_next"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, kind: str, png: bytes, caption: str, turns: Turns) -> None:
+        """Write a picture, and keep its caption and its questions."""
+        (self.out / "images" / f"{name}.png").write_bytes(png)
+        row = {"id": name, "image": f"images/{name}.png"}
+        self.captions.append(row | {"conversations": _conversation([(READ_PROMPT, caption)])})
+        self.conversations.append(
+            row | {"conversations": _conversation(turns), "data_source": f"small_world_{kind}"}
+        )
+
+    def write(self) -> dict[str, int]:
+        """Write ShareGPT4V's and LLaVA-NeXT-Data's files; returns their numbers of rows."""
+        _write_json(self.out / "sharegpt4v" / "captions.json", self.captions)
+        _write_json(self.out / "llava_next" / "conversations.json", self.conversations)
+        return {"sharegpt4v": len(self.captions), "llava_next": len(self.conversations)}
+
+
+def _turns(page: Page, most: int, rng: np.random.Generator) -> Turns:
+    """At most so many questions about a page, with their answers."""
+    chosen = [page.questions[int(index)] for index in rng.permutation(len(page.questions))[:most]]
+    return tuple((each.text + prompt_suffix(page), each.answers[0]) for each in chosen)
+
+
+def _conversation(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Turns in LLaVA's form; the first one has the picture."""
+    messages = []
+    for place, (asked, answer) in enumerate(turns):
         opening = "<image>\n" if place == 0 else ""
-        asked = f"{opening}{question.text}{prompt_suffix(page)}"
-        turns.append({"from": "human", "value": asked})
-        turns.append({"from": "gpt", "value": question.answers[0]})
-    return {
-        "id": name,
-        "image": f"images/{name}.png",
-        "conversations": turns,
-        "data_source": f"small_world_{source}",
-    }
+        messages.append({"from": "human", "value": opening + asked})
+        messages.append({"from": "gpt", "value": answer})
+    return messages
 
 
 def _write_json(path: Path, rows: list[dict]) -> None:
