@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from small_training import make_backbones
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -18,6 +20,7 @@ from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.images import row_images
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
+from proxyv.model.crops import crop_layout
 from proxyv.model.flops import RowTokens, paper_flops
 from proxyv.profiling.shapes import with_start
 from proxyv.reproduce.__main__ import main
@@ -25,6 +28,7 @@ from proxyv.reproduce.plan import Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
 from proxyv.reproduce.results import pack, read_result, unpack
 from proxyv.study.kept import kept_patches
+from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
 from proxyv.train.build import build_on_meta
 
@@ -44,8 +48,8 @@ name: mini
 title: a miniature
 pretrain: {folder}/pretrain.yaml
 finetune: {folder}/finetune.yaml
-world: {{seed: 3, train_documents: 4, train_charts: 2, test_documents: 2, test_charts: 2,
-  workers: 1}}
+world: {{seed: 3, train_documents: 4, train_charts: 2, train_further: 1, test_documents: 2,
+  test_charts: 2, workers: 1}}
 tasks: {{docvqa: 4, chartqa: 4}}
 score: [docvqa, chartqa]
 seeds: [1, 2]
@@ -230,6 +234,28 @@ def test_shipped_presets_are_complete() -> None:
                 settings = plan.stage(job, "finetune", Path("runs"))
                 assert settings.model.init_from == f"runs/{job.name}/pretrain"
                 assert settings.run.seed == job.seed
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_shipped_preset_trains_for_what_it_asks_on_dense_pages_of_five_crops(name: str) -> None:
+    plan = find_plan(name)
+    world, data = plan.world, plan.stage(plan.jobs()[0], "finetune", Path("runs")).data
+    assert world["train_further"] >= 1000
+    side_px = world.get("side_px", 168)
+    sizes = Sizes(side_px, world.get("dense_px", 2 * side_px), most=5)
+    for kind, crops in {"scene": None, "word": None, "infographic": 5, "page": 5}.items():
+        for index in range(5):
+            row = draw_row((1, index), kind, sizes)
+            width, height = Image.open(io.BytesIO(row.png)).size
+            pinpoints = data.image_grid_pinpoints
+            cut = crop_layout((height, width), data.image_aspect_ratio, pinpoints, 168)
+            if crops is not None:
+                assert cut.num_crops == crops
+            assert cut.canvas_hw == (height, width)  # neither enlarged nor shrunk
+            # No text has more tokens than characters.
+            for texts in (row.turns, [("Read the page.", row.caption)]):
+                written = sum(len(text) + 16 for turn in texts for text in turn)
+                assert cut.num_crops * 145 + written <= data.max_length, kind
 
 
 @pytest.mark.parametrize("name", presets())
