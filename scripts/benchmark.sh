@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Time and memory of ProxyV against the stock model with the same attention, interleaved.
 #
-#   bash scripts/benchmark.sh                 quick, large and rest: about 25 minutes on two CPU cores
+#   bash scripts/benchmark.sh                 quick, large and rest: about 40 minutes on two CPU cores
 #   bash scripts/benchmark.sh quick           prefill, training, decode, memory: about 8 minutes
 #   bash scripts/benchmark.sh large           a prefill of 40 crops: about 9 minutes
-#   bash scripts/benchmark.sh rest            flops, answer, breakdown, scaling: about 10 minutes
+#   bash scripts/benchmark.sh rest            flops, answer, breakdown, levers, scaling by crops and by
+#                                             text, training with checkpointing, token reduction
 #   bash scripts/benchmark.sh gpu             Vicuna-7B, Llama3-8B, Qwen2-7B shapes, random bf16 weights
 #   AGAIN=1 bash scripts/benchmark.sh prefill measured again; otherwise a part that is done is left
-#   OUTPUT=/tmp/b SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 bash scripts/benchmark.sh
+#   OUTPUT=/tmp/b SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 \
+#       DROPS=[1,2,3] ZIP=30,contextual=4 KEPT=16 bash scripts/benchmark.sh      everything, in a small model
 #
 # Parts may be named one by one. The last table says what was measured beside what it should be
 # (proxyv/profiling/limits.py has the numbers) and never fails; a part that fails does.
 # Environment: OUTPUT (default docs/results), SHAPE, STARTS, CROPS, TEXT, LARGE (crops), REPEATS,
-#   LARGE_REPEATS, THREADS (default 2), DTYPE, DEVICE, ATTN; for gpu PRESETS, BATCHES, ATTENTIONS.
+#   LARGE_REPEATS, THREADS (default 2), DTYPE, DEVICE, ATTN; for gpu PRESETS, BATCHES, ATTENTIONS;
+#   for reduction DROPS (layers of pyramiddrop), KEPT (tokens of a crop that prumerge and random
+#   dropping leave), ZIP (dominant tokens of visionzip and its other options).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -21,6 +25,8 @@ ensure_env profiling
 export OMP_NUM_THREADS=${THREADS:-${OMP_NUM_THREADS:-2}}
 export COLUMNS=${COLUMNS:-140}
 output=${OUTPUT:-docs/results}
+start=${STARTS:-8}
+start=${start%%,*}
 rows=(--crops "${CROPS:-5}" --text "${TEXT:-50}")
 failed=()
 
@@ -70,15 +76,28 @@ gpu_tables() {
         done
         gpu "$preset" sdpa-compiled-b1 latency "${rows[@]}" "${runs[@]}" --compile
         gpu "$preset" memory-b1 memory "${rows[@]}" --operations prefill
+        gpu "$preset" breakdown-b1 breakdown "${rows[@]}" --repeats "${REPEATS:-10}"
     done
+    gpu vicuna-7b training-b1 latency "${rows[@]}" --operations training --checkpointing \
+        --repeats "${LARGE_REPEATS:-5}"
     gpu vicuna-7b scaling scaling --crops "1,2,5,10,20,${LARGE:-40}" --text-lengths "${TEXT:-50}" \
         --repeats "${LARGE_REPEATS:-5}"
+}
+
+# set_methods LAYERS: token reduction, alone and under ProxyV with learned proxies; the paper's
+# settings of VisionZip and PyramidDrop (which drops after LAYERS), PruMerge+ at a quarter.
+set_methods() {
+    methods=(--proxy-kind learned --kept "${KEPT:-144}"
+        --reduction "method=visionzip,dominant=${ZIP:-360,contextual=40}"
+        --reduction "{\"method\": \"pyramiddrop\", \"layers\": $1}"
+        --reduction method=fastv --reduction method=prumerge
+        --reduction "method=random_drop,tokens=${KEPT:-144}" --reduction method=average_pool)
 }
 
 part() {
     case $1 in
     quick) for name in prefill training decode memory; do part $name; done ;;
-    rest) for name in flops answer breakdown scaling; do part $name; done ;;
+    rest) for name in flops answer breakdown levers checkpointing text scaling reduction; do part $name; done ;;
     prefill) cpu prefill latency "${rows[@]}" --operations prefill --repeats "${REPEATS:-7}" ;;
     decode) cpu decode latency "${rows[@]}" --operations decode --repeats "${REPEATS:-7}" ;;
     training) cpu training latency "${rows[@]}" --operations training --repeats "${LARGE_REPEATS:-3}" ;;
@@ -86,11 +105,25 @@ part() {
     answer) cpu answer latency "${rows[@]}" --operations answer --repeats "${LARGE_REPEATS:-3}" ;;
     breakdown) cpu breakdown breakdown "${rows[@]}" --repeats "${LARGE_REPEATS:-3}" ;;
     scaling) cpu scaling scaling --crops 1,2,5,10,20 --text-lengths "${TEXT:-50}" --repeats "${LARGE_REPEATS:-2}" ;;
+    checkpointing) cpu checkpointing latency "${rows[@]}" --operations training --checkpointing \
+        --repeats "${LARGE_REPEATS:-3}" ;;
+    levers) STARTS=$start cpu levers levers "${rows[@]}" --repeats "${LARGE_REPEATS:-5}" ;;
+    text) cpu text scaling --crops "${CROPS:-5}" --text-lengths 50,500,2000 --repeats "${LARGE_REPEATS:-3}" ;;
     large) cpu large scaling --crops "${LARGE:-40}" --text-lengths "${TEXT:-50}" --warmup 0 --no-memory \
         --repeats "${LARGE_REPEATS:-2}" ;;
-    flops) measure flops flops "${rows[@]}" ;;
+    flops)
+        measure flops flops "${rows[@]}"
+        set_methods "[12,20,26]"
+        measure flops-reduction flops "${rows[@]}" "${methods[@]}" --preset vicuna-7b --start-layers 12
+        ;;
+    reduction)
+        set_methods "${DROPS:-[6,10,13]}"
+        STARTS=$start cpu reduction latency "${rows[@]}" "${methods[@]}" \
+            --operations prefill,decode --repeats "${LARGE_REPEATS:-3}"
+        STARTS=$start cpu reduction-memory memory "${rows[@]}" "${methods[@]}" --operations prefill
+        ;;
     gpu) gpu_tables ;;
-    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown or scaling" ;;
+    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown, levers, checkpointing, text, scaling or reduction" ;;
     esac
 }
 

@@ -2,8 +2,8 @@
 #
 #   . scripts/env.sh; ensure_env train eval
 #
-# An active virtual or conda environment is used as it is; otherwise .venv is made in the
-# repository. torch is pinned: on a machine without an NVIDIA GPU the CPU build is taken, so that
+# An active virtual or conda environment is used; otherwise .venv is made in the repository.
+# PROXYV_ENV=as-is takes the python on the path and installs nothing, for machines without a network. torch is pinned: on a machine without an NVIDIA GPU the CPU build is taken, so that
 # no CUDA packages arrive. A stamp in the environment makes the second call cost nothing.
 
 proxyv_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -46,6 +46,10 @@ _install_torch() {
 ensure_env() {
     local extras stamp want
     extras=$(IFS=,; echo "$*")
+    if [ "${PROXYV_ENV:-}" = as-is ]; then
+        export PYTHONPATH=$proxyv_root${PYTHONPATH:+:$PYTHONPATH}
+        return
+    fi
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         if [ ! -x "$proxyv_root/.venv/bin/python" ]; then
             say "making a virtual environment in .venv"

@@ -87,7 +87,7 @@ def test_a_decoding_step_costs_what_the_baseline_costs(start):
     expected = run_flops(model.config, RowTokens(crops=0, text=1, past=len(ids)))
     assert counter.get_total_flops() == sum(expected.values())
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == kv_cache_bytes(model.config, len(ids) + 1, 4)
+    assert held == kv_cache_bytes(model.config, RowTokens(0, 1, past=len(ids)), 4)
 
 
 def test_causal_attention_is_counted_once():

@@ -14,6 +14,7 @@ from proxyv.profiling.__main__ import main
 from proxyv.profiling.arms import build_arms, make_inputs
 from proxyv.profiling.breakdown import PARTS, breakdown
 from proxyv.profiling.costs import decoder_flops
+from proxyv.profiling.levers import LEVERS
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
 from proxyv.profiling.shapes import from_shape
 
@@ -79,12 +80,26 @@ def test_interleaving_and_spread():
     order = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
     found = time_interleaved(works, CPU, repeats=2, warmup=1, after=lambda n: order.append(n * 2))
-    assert order == ["a", "aa", "b", "bb"] * 3
+    assert order == ["a", "aa", "b", "bb", "b", "bb", "a", "aa", "a", "aa", "b", "bb"]
     assert all(len(timing.seconds) == 2 for timing in found.values())
     timing = Timing((5.0, 1.0, 2.0, 3.0, 4.0))
     assert (timing.median, timing.spread) == (3.0, 2.0)
     assert Timing((1.0, 4.0)).spread == 3.0
     assert timing.over(Timing((10.0, 1.0, 1.0, 6.0, 8.0))) == 0.5
+
+
+def test_every_layer_of_every_arm_is_compiled():
+    """All layers share code, of which torch by default compiles eight versions and no more."""
+    shape = "layers=12,width=16,heads=2,ffn=16,side=4,vocab=60,reduction=2"
+    arms = build_arms(from_shape(shape), [6], "sdpa", torch.float32, "cpu")
+    inputs = make_inputs(arms[0].config, RowTokens(1, 4), 1, torch.zeros(1))
+    for arm in arms:
+        arm.inference()
+        arm.compile(backend="eager")
+        torch._dynamo.utils.counters.clear()
+        arm.prefill(inputs)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 12
+    torch._dynamo.reset()
 
 
 def test_breakdown_leaves_no_trace(arms):
@@ -124,6 +139,38 @@ def test_every_command_writes_table_json_and_plot(command, rows, tmp_path, capsy
     assert (tmp_path / f"{command}.png").read_bytes()[:4] == b"\x89PNG"
     table = (tmp_path / f"{command}.md").read_text()
     assert table.count("\n| ") == rows + 2 and found["versions"]["torch"] in table
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_a_prefill_without_a_lever_computes_the_same(name):
+    """Else the difference in time would not be the lever's."""
+    _, arm = build_arms(from_shape(SHAPE), [1], "sdpa", torch.float32, "cpu")
+    arm.inference()
+    arm.model.requires_grad_(False)
+    inputs = make_inputs(arm.config, RowTokens(2, 7), 2, torch.zeros(1))
+    expected, found = arm.prefill(inputs), LEVERS[name](arm, inputs)
+    for ours, theirs in zip(expected.layers, found.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-6)
+    update = arm.model.layers[1].guided_update
+    assert type(update).__name__ == "GuidedUpdate" and update.fused_input is not None
+
+
+def test_levers_are_a_table(capsys):
+    stock = "stock model"
+    given = ["levers", "--shape", SHAPE, "--crops", "1", "--text", "6", "--repeats", "1"]
+    given += ["--device", "cpu", "--json", "--start-layers"]
+    assert main([*given, "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["without"] for row in rows] == [
+        stock,
+        f"{stock}, with an S x S mask",
+        "nothing",
+        *LEVERS,
+    ]
+    assert rows[2]["time ratio"] == 1 and all(row["median ms"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="give one layer"):
+        main([*given, "2,1"])
 
 
 def written(folder, name, rows, **more):
@@ -178,6 +225,37 @@ def test_models_that_skip_are_rows_of_their_own(capsys):
     assert all(row["median ms"] > 0 for row in found)
 
 
+def test_token_reduction_is_rows_of_its_own(capsys):
+    """Alone and under ProxyV, timed on the rows that a method leaves, with its own cache."""
+    methods = [
+        "method=visionzip,dominant=5,contextual=2",
+        '{"method": "pyramiddrop", "layers": [1, 2, 3]}',
+        "method=prumerge",
+        "method=average_pool",
+    ]
+    given = ["--shape", SHAPE, "--start-layers", "1", "--proxy-kind", "learned", "--kept", "6"]
+    given += ["--crops", "2", "--text", "6", "--device", "cpu", "--json"]
+    for method in methods:
+        given += ["--reduction", method]
+    assert main(["latency", *given, "--operations", "prefill,decode", "--repeats", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    alone = ["visionzip", "pyramiddrop", "prumerge", "average_pool"]
+    arms = ["baseline", "ProxyV-L1 learned"] + [
+        name for method in alone for name in (method, f"ProxyV-L1 learned+{method}")
+    ]
+    assert [row["arm"] for row in rows if row["operation"] == "prefill"] == arms
+    assert all(row["median ms"] > 0 for row in rows)
+    saved = {r["arm"]: r["FLOPs saved %"] for r in rows if r["operation"] == "prefill"}
+    assert all(saved[f"ProxyV-L1 learned+{name}"] > saved[name] > 0 for name in alone)
+    assert main(["memory", *given, "--operations", "prefill"]) == 0
+    cached = {r["arm"]: r["KV cache MiB"] for r in json.loads(capsys.readouterr().out)["rows"]}
+    assert cached["baseline"] == cached["ProxyV-L1 learned"]
+    rows_left = {"visionzip": 2 * 8 + 6, "prumerge": 2 * 7 + 6, "average_pool": 2 * 5 + 6}
+    for name, left in rows_left.items():
+        assert cached[name] / cached["baseline"] == pytest.approx(left / (2 * 17 + 6))
+    assert cached["pyramiddrop"] < cached["baseline"]
+
+
 def test_the_table_is_readable(capsys):
     assert main(["flops", "--preset", "vicuna-7b"]) == 0
     out = capsys.readouterr().out
@@ -197,6 +275,29 @@ def test_the_table_is_readable(capsys):
         (["memory", "--shape", SHAPE, "--batch", "0"], "--batch must be at least 1"),
         (["latency", "--preset", "tiny,smol"], "one preset at a time"),
         (["latency", "--shape", SHAPE, "--operations", "prefil"], "did you mean 'prefill'"),
+        (
+            [
+                "flops",
+                "--shape",
+                SHAPE,
+                "--proxy-kind",
+                "learned",
+                "--reduction",
+                "method=prumerge",
+            ],
+            "--kept",
+        ),
+        (
+            [
+                *"flops --proxy-kind learned --reduction method=prumerge --kept 17 --shape".split(),
+                SHAPE,
+            ],
+            "--kept must be from 1 to 16",
+        ),
+        (
+            ["latency", "--shape", SHAPE, "--device", "cpu", "--reduction", "method=fastv,layer=1"],
+            "proxy_kind='learned'",
+        ),
         (["limits", "/dev"], "run bash scripts/benchmark.sh first"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_reduction_models import ARMS, CASES, METHODS
@@ -9,7 +11,7 @@ from tiny_models import IMAGE_TOKEN, collate, sample, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxyv import ProxyVConfig
-from proxyv.model.flops import RowTokens, paper_flops, run_flops
+from proxyv.model.flops import RowTokens, kv_cache_bytes, paper_flops, run_flops
 from proxyv.profiling.paper import PAPER_ROW
 
 
@@ -30,6 +32,28 @@ def test_formula_is_what_torch_counts(method, arm) -> None:
     if method == "tokenpacker":  # on a CPU the counter sees nothing of fused attention
         total -= 4 * 16 * model.config.vision_config.hidden_size
     assert counter.get_total_flops() == total, (method, arm, IMAGE_TOKEN)
+
+
+@pytest.mark.parametrize(("method", "arm"), CASES)
+def test_a_decoding_step_and_the_cache_shrink_with_the_rows(method, arm) -> None:
+    """After a reduced prompt every layer reads, and holds, the rows that its stage has left."""
+    mapping = {"method": method.split(",")[0], **METHODS[method]}
+    model = tiny_model(attention="eager", reduction=mapping, **ARMS[arm])
+    inputs = collate([sample([4, "1", 7], model.config, torch.Generator().manual_seed(2))])
+    kept = model.get_image_features(inputs["pixel_values"]).grids[0].crop_tokens
+    row = RowTokens(crops=1, text=11, kept=kept[0] if kept else None)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert held == kv_cache_bytes(model.config, row, 4)
+        step, seen = inputs["input_ids"][:, -1:], torch.ones(1, inputs["input_ids"].shape[1] + 1)
+        told = model(input_ids=step, attention_mask=seen, past_key_values=copy.deepcopy(cache))
+        with FlopCounterMode(display=False) as counter:
+            found = model(input_ids=step, past_key_values=cache)
+    # Rows that left are counted, whether a mask says so or not.
+    torch.testing.assert_close(found.logits, told.logits)
+    expected = run_flops(model.config, row.cached())
+    assert counter.get_total_flops() == sum(expected.values())
 
 
 def vicuna(**options) -> ProxyVConfig:

@@ -32,9 +32,11 @@ class RowTokens:
     Attributes:
         crops: of all its images.
         text: tokens that are not of images.
-        past: tokens that a cache holds already; such a row brings no image.
+        past: tokens, not of images, that a cache holds already; such a row brings no image.
         side: crop side in tokens; None for the model's own (frames of videos have less).
-        kept: full tokens of each crop, where the image decides what a method leaves of it.
+        kept: full tokens of each crop where the image decides what a method leaves of it; of no
+            meaning for other models.
+        past_crops: crops in the cache beside ``past``, in each layer what a method left of them.
     """
 
     crops: int
@@ -42,17 +44,23 @@ class RowTokens:
     past: int = 0
     side: int | None = None
     kept: int | None = None
+    past_crops: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("crops", "text", "past"):
+        for name in ("crops", "text", "past", "past_crops"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        if self.past and self.crops:
+        if self.crops and (self.past or self.past_crops):
             raise ValueError(
-                f"crops={self.crops} on top of past={self.past} tokens is not counted: "
-                "set one of them to 0"
+                f"crops={self.crops} on top of past={self.past} tokens and "
+                f"past_crops={self.past_crops} is not counted: set crops or both others to 0"
             )
+
+    def cached(self) -> RowTokens:
+        """One more token, after all of this row has been read."""
+        past, crops = self.past + self.text, self.past_crops + self.crops
+        return dataclasses.replace(self, crops=0, text=1, past=past, past_crops=crops)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class _Shape:
 
     @classmethod
     def of(cls, config: Any, row: RowTokens) -> _Shape:
+        """Rows as they enter the first layer."""
         if config.packing != "crops":
             raise ValueError(
                 f"packing={config.packing!r}: FLOPs are counted for packing 'crops' only, where "
@@ -93,7 +102,7 @@ class _Shape:
         text = config.text_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         side = row.side or config.crop_side
-        tokens = row.kept or (config.crop_tokens if row.side is None else row.side**2)
+        tokens = _tokens_of_crop(config, row)
         per_crop = config.num_proxies(side) if config.start_layer is not None else 0
         return cls(
             width=text.hidden_size,
@@ -105,7 +114,7 @@ class _Shape:
             light=row.crops + row.text,
             proxies=row.crops * per_crop,
             crop_proxies=per_crop,
-            past=row.past,
+            past=row.past + row.past_crops * (tokens + 1),
         )
 
     @property
@@ -131,6 +140,22 @@ class _Shape:
     def attention(self, pairs: int) -> int:
         """Scores and mixing of so many pairs of query and key."""
         return 4 * pairs * self.query
+
+
+def _tokens_of_crop(config: Any, row: RowTokens) -> int:
+    """Full tokens of one crop as they enter the first layer."""
+    method = config.reduction_method
+    if row.kept and method is not None and method.tokens_per_crop(config.side**2) is None:
+        return row.kept
+    return config.crop_tokens if row.side is None else row.side**2
+
+
+def _cached_rows(config: Any, row: RowTokens) -> list[int]:
+    """Rows that the cache holds in each layer before the row is read."""
+    full = row.past_crops * _tokens_of_crop(config, row)
+    layers = config.text_config.num_hidden_layers
+    left = full_tokens(config.reduction_method, full, layers)
+    return [row.past + row.past_crops + tokens for tokens in left]
 
 
 def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
@@ -222,7 +247,10 @@ def run_flops(
     causal = causal and (config.layout == "natural" or not row.crops)
     method, fused = config.reduction_method, text.model_type == "phi3"
     left = full_tokens(method, shape.full, layers)
-    stages = [dataclasses.replace(shape, full=full) for full in left]
+    stages = [
+        dataclasses.replace(shape, full=full, past=past)
+        for full, past in zip(left, _cached_rows(config, row), strict=True)
+    ]
     start = layers if start is None or not row.crops else start
     widths = (shape.width, shape.query, shape.key)
     decoder = scoring_flops(method, left, shape.light, widths, fused)
@@ -254,12 +282,12 @@ def run_flops(
     }
 
 
-def kv_cache_bytes(config: Any, tokens: int, bytes_per_value: int) -> int:
-    """Bytes that the keys and values of so many tokens take in all layers, proxies or not."""
+def kv_cache_bytes(config: Any, row: RowTokens, bytes_per_value: int) -> int:
+    """Bytes of keys and values in all layers once the row has been read, proxies or not."""
     text = config.text_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_layer = 2 * head * text.num_key_value_heads
-    return tokens * text.num_hidden_layers * per_layer * bytes_per_value
+    rows = sum(_cached_rows(config, row.cached()))
+    return rows * 2 * head * text.num_key_value_heads * bytes_per_value
 
 
 def _ordinary(shape: _Shape, causal: bool) -> int:

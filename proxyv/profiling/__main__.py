@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from proxyv.profiling.commands import (
     scaling_report,
 )
 from proxyv.profiling.costs import flops_report
+from proxyv.profiling.levers import levers_report
 from proxyv.profiling.limits import limits_report
 from proxyv.profiling.paper import PAPER
 from proxyv.profiling.report import Report
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "memory": "peak above the weights, and the cache",
         "scaling": "prefill by number of crops and text tokens",
         "breakdown": "share of time of each part of a layer",
+        "levers": "a prefill without each of the ways in which time is saved",
         "limits": "what was measured, against what it should be",
     }
     for name, text in helps.items():
@@ -82,7 +85,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     add("--preset", help=f"folder under configs/, or several with commas{many}")
     add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=]")
     add("--start-layers", help="with commas (default: the paper's, or the preset's)")
-    add("--proxy-kind", choices=PROXY_KINDS, default="spatial", help="default: spatial")
+    add("--proxy-kind", choices=PROXY_KINDS, help="default: the preset's")
     add("--skip", help=f"also models whose vision tokens skip: {', '.join(SKIPS)}, or both")
     if command == "scaling":
         add("--crops", default="1,2,5,10,20,40", help="default: 1,2,5,10,20,40")
@@ -91,8 +94,10 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         add("--crops", type=int, default=5, help="default: 5")
         add("--text", type=int, default=50, help="text tokens (default: 50)")
     add("--attn", choices=_ATTENTION, default="sdpa", help="of all arms (default: sdpa)")
-    if command == "flops":
+    if command not in ("breakdown", "levers"):
         add("--reduction", action="append", default=[], help=f"also models with {HELP}; repeatable")
+        add("--kept", type=int, help="tokens of a crop that prumerge leaves")
+    if command == "flops":
         return
     add("--batch", type=int, default=1, help="rows (default: 1)")
     add("--dtype", choices=_DTYPES, help="default: bfloat16 on a GPU, else float32")
@@ -116,7 +121,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    for name in ("crops", "text", "batch", "repeats", "tokens", "warmup"):
+    for name in ("crops", "text", "batch", "repeats", "tokens", "warmup", "kept"):
         least = 0 if name in ("crops", "warmup") else 1
         value = getattr(args, name, None)
         if isinstance(value, int) and value < least:
@@ -148,11 +153,10 @@ def _models(args: argparse.Namespace) -> list[tuple[str, ProxyVConfig, Sequence[
 
 
 def _flops(args: argparse.Namespace) -> Report:
-    row = RowTokens(args.crops, args.text)
-    options = {"proxy_kind": args.proxy_kind}
-    methods = [method for text in args.reduction if (method := parse_options(text)) is not None]
+    row = RowTokens(args.crops, args.text, kept=args.kept)
+    options = _options(args)
     return flops_report(
-        _models(args), row, args.attn != "eager", options, _skips(args.skip), methods
+        _models(args), row, args.attn != "eager", options, _skips(args.skip), _methods(args)
     )
 
 
@@ -167,21 +171,26 @@ def _measure(args: argparse.Namespace) -> Report:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    config = with_start(config, None, proxy_kind=args.proxy_kind)
+    config = with_start(config, None, **_options(args))
     operations = _operations(args) if args.command in ("latency", "memory") else []
     torch.manual_seed(args.seed)
     dtype, skips = _DTYPES[args.dtype], _skips(args.skip)
-    arms = build_arms(config, list(starts), args.attn, dtype, args.device, skips)
+    methods = [] if args.command in ("breakdown", "levers") else _methods(args)
+    arms = build_arms(config, list(starts), args.attn, dtype, args.device, skips, methods)
     if getattr(args, "compile", False):
         for arm in arms:
             arm.compile()
     if args.command == "scaling":
         crops, texts = (_numbers(args, name) for name in ("crops", "text_lengths"))
         rounds = Rounds(args.repeats, args.warmup)
-        return scaling_report(arms, crops, texts, args.batch, rounds, not args.no_memory)
-    row = RowTokens(args.crops, args.text)
+        row = RowTokens(0, 0, kept=args.kept)
+        rows = [dataclasses.replace(row, crops=c, text=t) for t in texts for c in crops]
+        return scaling_report(arms, rows, args.batch, rounds, not args.no_memory)
+    row = RowTokens(args.crops, args.text, kept=getattr(args, "kept", None))
     if args.command == "breakdown":
         return breakdown_report(arms, row, args.batch, args.repeats)
+    if args.command == "levers":
+        return levers_report(arms, row, args.batch, args.repeats)
     if args.command == "memory":
         return memory_report(arms, row, args.batch, operations, args.checkpointing)
     rounds = Rounds(args.repeats, args.warmup)
@@ -197,6 +206,15 @@ def _operations(args: argparse.Namespace) -> list[str]:
         if name not in known:
             raise ValueError(nearest("operation", name, known))
     return chosen
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.proxy_kind is None else {"proxy_kind": args.proxy_kind}
+
+
+def _methods(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Token-reduction methods of further arms."""
+    return [method for text in args.reduction if (method := parse_options(text)) is not None]
 
 
 def _skips(given: str | None) -> list[str]:

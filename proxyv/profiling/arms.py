@@ -3,12 +3,13 @@
 The baseline is the stock transformers class itself. A ProxyV arm holds the same weights (the same
 memory, where nothing trains) plus its own modules. Only the decoder runs: rows enter as
 embeddings, and neither the vision tower nor the language-model head is part of it, since both
-cost the same in every arm.
+cost the same in every arm. What a method computes at the tower is therefore not timed; that of
+one inside the decoder is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from proxyv.model.families import build_language_model
 from proxyv.model.flops import RowTokens
 from proxyv.model.image_spans import ImageSpan
 from proxyv.model.layout_builder import build_layout
-from proxyv.profiling.shapes import arm_name, with_start
+from proxyv.profiling.shapes import arm_name, further_arms, image_decides, with_start
+from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]
 
@@ -74,10 +76,17 @@ class Arm:
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def compile(self) -> None:
-        """Compile every layer, each at its first call; graphs do not depend on lengths."""
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile every layer, each at its first call; graphs do not depend on lengths.
+
+        All layers are one piece of code to torch, which gives up after eight graphs of it and
+        leaves the rest uncompiled without a word: the limit is raised, and reaching it an error.
+        """
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 12
+        dynamo.fail_on_recompile_limit_hit = True
         for layer in self.model.layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
     def forget_gradients(self) -> None:
         """Free all gradients."""
@@ -87,7 +96,7 @@ class Arm:
     def prefill(self, inputs: Inputs) -> Cache:
         """Read all rows; returns the cache."""
         cache = DynamicCache(config=self.model.config)
-        self._read(inputs, past_key_values=cache, use_cache=True)
+        self.read(inputs, past_key_values=cache, use_cache=True)
         return cache
 
     @torch.no_grad()
@@ -103,14 +112,25 @@ class Arm:
     def train_step(self, inputs: Inputs) -> None:
         """Forward and backward, gradients for all weights and for the rows; no optimiser."""
         rows = inputs.rows.detach().requires_grad_()
-        hidden = self._read(inputs, rows=rows, use_cache=False)
+        hidden = self.read(inputs, rows=rows, use_cache=False)
         answer = max(1, inputs.row.text // 2)
         hidden[:, -answer:].float().square().mean().backward()
 
-    def _read(self, inputs: Inputs, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, S, D) hidden states; the layout is part of what ProxyV costs."""
+    @property
+    def _needs_layout(self) -> bool:
+        """ProxyV layers and methods inside the decoder ask what the rows are; empty rows, too."""
+        method = self.config.reduction_method
+        inside = method is not None and (method.stage == "decoder" or image_decides(self.config))
+        return inside or self.config.start_layer is not None
+
+    def read(self, inputs: Inputs, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, S, D) hidden states of the inputs' rows, or of others in their place.
+
+        The layout is made anew, since it is part of what ProxyV costs. Other arguments go to the
+        decoder.
+        """
         rows = inputs.rows if rows is None else rows
-        if self.config.start_layer is not None and inputs.row.crops:
+        if inputs.row.crops and self._needs_layout:
             real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
             released = self.config.layout == "released"
             kwargs["layout"] = build_layout(
@@ -126,8 +146,9 @@ def build_arms(
     dtype: torch.dtype,
     device: str,
     skips: Sequence[str] = (),
+    reductions: Sequence[Mapping[str, Any]] = (),
 ) -> list[Arm]:
-    """The stock baseline first, then ProxyV from each layer, then layers that skip.
+    """The stock baseline first, then ProxyV from each layer, layers that skip, and reductions.
 
     Args:
         config: the shape.
@@ -136,24 +157,31 @@ def build_arms(
         dtype: of all weights.
         device: where they lie.
         skips: what vision tokens skip in further arms, "atn" or "atn_ffn".
+        reductions: token-reduction methods of further arms, alone and with ProxyV layers.
 
     Raises:
-        ValueError: a start layer that the model does not have.
+        ValueError: a start layer that the model does not have, or a method that does not go with
+            the other options.
     """
     configs = [with_start(config, start) for start in starts]
-    plain = {"proxy_kind": "spatial", "learned_proxies": None}
-    configs += [with_start(config, start, skip=s, **plain) for s in skips for start in starts]
+    configs += further_arms(config, starts, skips, reductions)
+    names = [arm_name(chosen, learned=True) for chosen in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two arms would be called {name}: measure them one by one")
     text = with_start(config, None).text_config
     text.dtype = dtype
     text._attn_implementation = attention
     with torch.device(device):
         stock = AutoModel.from_config(text, dtype=dtype, attn_implementation=attention)
         arms = [Arm("baseline", with_start(config, None), stock)]
-        for chosen in configs:
-            model = build_language_model(text, DecoderOptions.of(chosen)).to(dtype)
+        for name, chosen in zip(names, configs, strict=True):
+            method = chosen.reduction_method
+            inside = method if isinstance(method, DecoderReduction) else None
+            model = build_language_model(text, DecoderOptions.of(chosen, inside))
             model.set_attn_implementation(attention)
             model.load_state_dict(stock.state_dict(), strict=False, assign=True)
-            arms.append(Arm(arm_name(chosen), chosen, model))
+            arms.append(Arm(name, chosen, model))
     return arms
 
 
@@ -166,6 +194,7 @@ def make_inputs(config: ProxyVConfig, row: RowTokens, batch: int, like: Tensor) 
     def draw(rows: int) -> Tensor:
         return torch.randn(batch, rows, width, generator=generator).mul_(0.02).to(like)
 
-    grid = ImageGrid(row.crops, config.side, row.crops * config.tokens_per_crop)
+    kept = (row.kept,) * row.crops if row.kept is not None and image_decides(config) else None
+    grid = ImageGrid(row.crops, config.crop_side, row.crops * config.tokens_per_crop, kept)
     image = [ImageSpan(row.text // 2, grid)] if row.crops else []
     return Inputs(row, draw(length), draw(1), [image] * batch)

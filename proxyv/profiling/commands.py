@@ -15,6 +15,7 @@ from proxyv.profiling.breakdown import PARTS, breakdown
 from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
 from proxyv.profiling.report import Plot, Report
+from proxyv.profiling.shapes import check_kept, describe_methods
 
 __all__ = [
     "OPERATIONS",
@@ -67,11 +68,11 @@ def latency_report(
     for arm in arms:
         arm.inference()
     if "prefill" in operations:
-        works: Works = {arm.name: partial(arm.prefill, inputs) for arm in arms}
+        works: Works = {arm.name: partial(arm.prefill, inputs[arm.name]) for arm in arms}
         measured["prefill"] = time_interleaved(works, device, *rounds)
     if "decode" in operations:
-        caches = {arm.name: arm.prefill(inputs) for arm in arms}
-        works = {arm.name: partial(arm.decode, inputs, caches[arm.name]) for arm in arms}
+        caches = {arm.name: arm.prefill(inputs[arm.name]) for arm in arms}
+        works = {arm.name: partial(arm.decode, inputs[arm.name], caches[arm.name]) for arm in arms}
         many = Rounds(5 * rounds.repeats, 5 * rounds.warmup)
         measured["decode step"] = time_interleaved(
             works, device, *many, after=lambda name: caches[name].crop(-1)
@@ -79,10 +80,10 @@ def latency_report(
         del works
         caches.clear()
     if "answer" in operations:
-        works = {arm.name: partial(arm.answer, inputs, tokens) for arm in arms}
+        works = {arm.name: partial(arm.answer, inputs[arm.name], tokens) for arm in arms}
         measured["answer"] = time_interleaved(works, device, *rounds)
     if "training" in operations:
-        measured["training step"] = _time_training(arms, inputs, rounds, checkpointing)
+        measured["training step"] = _time_training(arms, inputs, device, rounds, checkpointing)
     flops = {arm.name: _operation_flops(arm, row, causal, tokens, checkpointing) for arm in arms}
     rows = [
         line
@@ -94,13 +95,11 @@ def latency_report(
     }
     return Report(
         name="latency",
-        title=f"Latency: {_describe(arms[0], inputs)}",
+        title=f"Latency: {_describe(arms[0], inputs[arms[0].name])}",
         rows=rows,
-        notes=f"Decoder only; the baseline is the stock class. Answer: prefill and {tokens} "
-        "tokens. Training: forward and backward of all weights"
-        + (", with gradient checkpointing" if checkpointing else "")
-        + ". Spread: distance of the quartiles. Time ratio: median of the rounds' ratios. FLOPs "
-        "as run.",
+        notes=_about(arms, row)
+        + (f" Answer: prefill and {tokens} tokens." if "answer" in measured else "")
+        + (_training_note(checkpointing) if "training step" in measured else ""),
         plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
     )
 
@@ -117,17 +116,18 @@ def memory_report(
     rows: list[dict[str, Any]] = []
     for arm in arms:
         arm.inference()
+        kept = [*arm.model.parameters(), *arm.model.buffers()]
+        weights = sum(tensor.nbytes for tensor in kept)
         found: dict[str, int] = {}
         if "prefill" in operations:
-            arm.prefill(inputs)  # what is made once and kept belongs to no peak
-            found["prefill"] = peak_memory(partial(arm.prefill, inputs), device)
+            arm.prefill(inputs[arm.name])  # what is made once and kept belongs to no peak
+            found["prefill"] = peak_memory(partial(arm.prefill, inputs[arm.name]), device)
         if "training" in operations:
             arm.training(checkpointing)
-            found["training"] = peak_memory(partial(arm.train_step, inputs), device)
+            found["training"] = peak_memory(partial(arm.train_step, inputs[arm.name]), device)
             arm.forget_gradients()
-        weights = sum(weight.nbytes for weight in arm.model.parameters())
-        size = inputs.rows.element_size()
-        cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
+        size = inputs[arm.name].rows.element_size()
+        cached = batch * kv_cache_bytes(arm.config, row, size)
         line: dict[str, Any] = {"arm": arm.name, "weights MiB": weights / _MIB}
         line["KV cache MiB"] = cached / _MIB
         for operation, peak in found.items():
@@ -138,10 +138,12 @@ def memory_report(
     done = [name for name in ("prefill", "training") if f"{name} ratio" in rows[0]]
     return Report(
         name="memory",
-        title=f"Memory: {_describe(arms[0], inputs)}",
+        title=f"Memory: {_describe(arms[0], inputs[arms[0].name])}",
         rows=rows,
-        notes="Peak above weights; prefill includes the cache, training the gradients"
-        + (", with gradient checkpointing." if checkpointing else "."),
+        notes="Weights: with what is folded from them for inference. Peak above weights; prefill "
+        "includes the cache, training the gradients"
+        + (", with gradient checkpointing." if checkpointing else ".")
+        + _methods_note(arms, row),
         plot=Plot(
             x=done,
             series={line["arm"]: [line[f"{name} peak MiB"] for name in done] for line in rows},
@@ -152,8 +154,7 @@ def memory_report(
 
 def scaling_report(
     arms: Sequence[Arm],
-    crops: Sequence[int],
-    texts: Sequence[int],
+    rows: Sequence[RowTokens],
     batch: int,
     rounds: Rounds,
     memory: bool = True,
@@ -162,35 +163,32 @@ def scaling_report(
 
     Args:
         arms: the baseline first.
-        crops: numbers of crops.
-        texts: numbers of text tokens.
-        batch: rows.
+        rows: what a row of the batch holds, one measurement each; crops vary fastest.
+        batch: rows of a batch.
         rounds: how often.
         memory: measure the peak too, in what is then the first round of warming up.
     """
-    rows: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for arm in arms:
         arm.inference()
-    for text in texts:
-        for count in crops:
-            row = RowTokens(crops=count, text=text)
-            inputs, device, causal = _setting(arms, row, batch)
-            works = {arm.name: partial(arm.prefill, inputs) for arm in arms}
-            peaks = {n: peak_memory(work, device) for n, work in works.items()} if memory else {}
-            warmup = rounds.warmup - 1 if peaks and rounds.warmup else rounds.warmup
-            timings = time_interleaved(works, device, rounds.repeats, warmup)
-            flops = {arm.name: decoder_flops(arm.config, row, causal, True) for arm in arms}
-            size = inputs.rows.element_size()
-            for arm, line in zip(arms, _timed_rows("prefill", timings, flops), strict=True):
-                cached = batch * kv_cache_bytes(arm.config, inputs.rows.shape[1], size)
-                line["KV cache MiB"] = cached / _MIB
-                if peaks:
-                    line["peak MiB"] = peaks[arm.name] / _MIB
-                rows.append({"crops": count, "text": text, **line})
+    for row in rows:
+        inputs, device, causal = _setting(arms, row, batch)
+        works = {arm.name: partial(arm.prefill, inputs[arm.name]) for arm in arms}
+        peaks = {n: peak_memory(work, device) for n, work in works.items()} if memory else {}
+        warmup = rounds.warmup - 1 if peaks and rounds.warmup else rounds.warmup
+        timings = time_interleaved(works, device, rounds.repeats, warmup)
+        flops = {arm.name: decoder_flops(arm.config, row, causal, True) for arm in arms}
+        size = inputs[arms[0].name].rows.element_size()
+        for arm, line in zip(arms, _timed_rows("prefill", timings, flops), strict=True):
+            line["KV cache MiB"] = batch * kv_cache_bytes(arm.config, row, size) / _MIB
+            if peaks:
+                line["peak MiB"] = peaks[arm.name] / _MIB
+            lines.append({"crops": row.crops, "text": row.text, **line})
+    texts = dict.fromkeys(row.text for row in rows)
     series = {
         f"{arm.name}, {text} text tokens": [
             line["median ms"] / 1000
-            for line in rows
+            for line in lines
             if line["arm"] == arm.name and line["text"] == text
         ]
         for arm in arms
@@ -199,10 +197,15 @@ def scaling_report(
     return Report(
         name="scaling",
         title=f"Prefill by crops and text: {_shape(arms[0])}",
-        rows=rows,
-        notes="Decoder only; the baseline is the stock class. Time ratio: median of the rounds' "
-        "ratios. FLOPs as run. Peak above weights, cache included.",
-        plot=Plot(list(crops), series, "prefill, seconds", "crops", lines=True),
+        rows=lines,
+        notes=_about(arms, rows[0]) + (" Peak above weights, cache included." if memory else ""),
+        plot=Plot(
+            list(dict.fromkeys(row.crops for row in rows)),
+            series,
+            "prefill, seconds",
+            "crops",
+            lines=True,
+        ),
     )
 
 
@@ -212,7 +215,8 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
     for arm in arms:
         arm.inference()
     turns = [
-        {arm.name: breakdown(arm, inputs, device) for arm in arms} for _ in range(1 + repeats)
+        {arm.name: breakdown(arm, inputs[arm.name], device) for arm in arms}
+        for _ in range(1 + repeats)
     ][1:]  # the first warms up
     found = {
         arm.name: {part: median(turn[arm.name][part] for turn in turns) for part in PARTS}
@@ -228,7 +232,7 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
         rows.append({"arm": name, "layer": layer, **timed, **shares})
     return Report(
         name="breakdown",
-        title=f"A layer in a prefill: {_describe(arms[0], inputs)}",
+        title=f"A layer in a prefill: {_describe(arms[0], inputs[arms[0].name])}",
         rows=rows,
         notes="Mean layer, median of the repeats; of ProxyV arms the ProxyV layers but the last. "
         "Rest: rotary positions, cache, splitting and joining, additions; an ordinary layer's "
@@ -242,22 +246,58 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
     )
 
 
-def _setting(arms: Sequence[Arm], row: RowTokens, batch: int) -> tuple[Inputs, torch.device, bool]:
-    """Inputs, device, and whether attention without a mask is causal in the kernel."""
+def _about(arms: Sequence[Arm], row: RowTokens) -> str:
+    """The note below every table of times."""
+    return (
+        "Decoder only; the baseline is the stock class. Spread: distance of the quartiles, of the "
+        "extremes below four rounds. Time ratio: median of the rounds' ratios. FLOPs as run."
+    ) + _methods_note(arms, row)
+
+
+def _methods_note(arms: Sequence[Arm], row: RowTokens) -> str:
+    found = [arm.config.reduction for arm in arms if arm.config.reduction is not None]
+    methods = [method for place, method in enumerate(found) if method not in found[:place]]
+    if not methods:
+        return ""
+    return describe_methods(methods, row.kept) + (
+        " What a method computes at the tower, and what it spares there, is not timed; what it "
+        "computes inside the decoder is. The rows are random, so the crops lose unevenly, and "
+        "ProxyV layers pad them to the longest."
+    )
+
+
+def _training_note(checkpointing: bool) -> str:
+    how = "with gradient checkpointing" if checkpointing else "without checkpointing"
+    return (
+        f" Training: forward and backward of all weights, {how}; its FLOPs are taken as "
+        f"{4 if checkpointing else 3} forward passes."
+    )
+
+
+def _setting(
+    arms: Sequence[Arm], row: RowTokens, batch: int
+) -> tuple[dict[str, Inputs], torch.device, bool]:
+    """Each arm's inputs, device, and whether attention without a mask is causal in the kernel."""
     weight = next(arms[0].model.parameters())
-    inputs = make_inputs(arms[0].config, row, batch, weight)
+    for arm in arms:
+        check_kept(arm.config, row.kept)
+    inputs = {arm.name: make_inputs(arm.config, row, batch, weight) for arm in arms}
     return inputs, weight.device, arms[0].model.config._attn_implementation != "eager"
 
 
 def _time_training(
-    arms: Sequence[Arm], inputs: Inputs, rounds: Rounds, checkpointing: bool
+    arms: Sequence[Arm],
+    inputs: dict[str, Inputs],
+    device: torch.device,
+    rounds: Rounds,
+    checkpointing: bool,
 ) -> dict[str, Timing]:
     by_name = {arm.name: arm for arm in arms}
     for arm in arms:
         arm.training(checkpointing)
     found = time_interleaved(
-        {arm.name: partial(arm.train_step, inputs) for arm in arms},
-        inputs.rows.device,
+        {arm.name: partial(arm.train_step, inputs[arm.name]) for arm in arms},
+        device,
         *rounds,
         after=lambda name: by_name[name].forget_gradients(),
     )
@@ -270,16 +310,15 @@ def _operation_flops(
     arm: Arm, row: RowTokens, causal: bool, tokens: int, checkpointing: bool
 ) -> dict[str, int]:
     """FLOPs as run; a backward pass costs two forward ones, and checkpointing one more."""
-    length = row.crops * arm.config.tokens_per_crop + row.text
-    steps = [
-        decoder_flops(arm.config, RowTokens(0, 1, past=length + done), causal, True)
-        for done in range(tokens)
-    ]
+    steps, step = [], row
+    for _ in range(tokens):
+        step = step.cached()
+        steps.append(decoder_flops(arm.config, step, causal, True))
     prefill = decoder_flops(arm.config, row, causal, True)
     forward = decoder_flops(arm.config, row, causal, False)
     return {
         "prefill": prefill,
-        "decode step": decoder_flops(arm.config, RowTokens(0, 1, past=length), causal, True),
+        "decode step": steps[0],
         "answer": prefill + sum(steps),
         "training step": forward * (4 if checkpointing else 3),
     }

@@ -7,9 +7,16 @@ from typing import Any
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.flops import RowTokens, paper_flops, run_flops
-from proxyv.profiling.paper import FUSED_QKV, PAPER, PAPER_ROW, PAPER_SKIPS, PaperFigures
+from proxyv.profiling.paper import (
+    FUSED_QKV,
+    PAPER,
+    PAPER_REDUCTIONS,
+    PAPER_ROW,
+    PAPER_SKIPS,
+    PaperFigures,
+)
 from proxyv.profiling.report import Plot, Report
-from proxyv.profiling.shapes import arm_name, with_start
+from proxyv.profiling.shapes import arm_name, check_kept, describe_methods, further_arms, with_start
 
 __all__ = ["decoder_flops", "flops_report"]
 
@@ -39,20 +46,13 @@ def flops_report(
         reductions: token-reduction methods of further arms, alone and with ProxyV layers.
     """
     rows: list[dict[str, Any]] = []
-    stated = row == PAPER_ROW and options.get("proxy_kind", "spatial") == "spatial"
+    stated = (row.crops, row.text) == (PAPER_ROW.crops, PAPER_ROW.text)
     for name, config, starts in models:
         fused = name in FUSED_QKV or config.text_config.model_type == "phi3"
         base: tuple[int, int] | None = None
-        further: list[tuple[int | None, dict[str, Any]]] = [
-            (start, {"skip": skip}) for skip in skips for start in starts
-        ]
-        further += [
-            (start, {**options, "reduction": method})
-            for method in reductions
-            for start in (None, *starts)
-        ]
-        for start, fields in [(s, options) for s in (None, *starts)] + further:
-            chosen = with_start(config, start, **fields)
+        arms = [with_start(config, start, **options) for start in (None, *starts)]
+        for chosen in [*arms, *further_arms(arms[0], starts, skips, reductions)]:
+            check_kept(chosen, row.kept)
             counts = (
                 paper_flops(chosen, row, fused_qkv=fused),
                 decoder_flops(chosen, row, causal, folded=True),
@@ -63,7 +63,7 @@ def flops_report(
             rows.append(
                 {
                     "model": name,
-                    "arm": arm_name(chosen),
+                    "arm": arm_name(chosen, learned=True),
                     "TFLOPs, paper's count": counts[0] / 1e12,
                     "saved %": saved[0],
                     "paper says %": figures.flops if figures else None,
@@ -86,15 +86,21 @@ def flops_report(
         rows=rows,
         notes="Decoder layers only. Paper's count: attention as S x S, guided updates unfolded, "
         "last layer like the others, a fused projection to query, key and value counted twice "
-        f"(Phi-3, InternLM2.5). As run: {attention}, folded, last layer without updates.",
+        f"(Phi-3, InternLM2.5). As run: {attention}, folded, last layer without updates; crops "
+        "are taken to lose tokens alike." + describe_methods(reductions, row.kept),
         plot=Plot(x=names, series=series, y_label="FLOPs saved, %"),
     )
 
 
 def _stated(name: str, config: ProxyVConfig) -> PaperFigures | None:
     """What the paper says of a model, None where it says nothing."""
-    if config.start_layer is None or config.reduction is not None:
+    start, method = config.start_layer, config.reduction_method
+    if method is not None:
+        known = [] if name != "vicuna-7b" else PAPER_REDUCTIONS
+        asked = (method.options(), start)
+        return next((figures for *about, figures in known if tuple(about) == asked), None)
+    if start is None or config.proxy_kind != "spatial":
         return None
     if config.skip is None:
-        return PAPER.get(name, {}).get(config.start_layer)
-    return PAPER_SKIPS[config.skip].get(config.start_layer) if name == "vicuna-7b" else None
+        return PAPER.get(name, {}).get(start)
+    return PAPER_SKIPS[config.skip].get(start) if name == "vicuna-7b" else None

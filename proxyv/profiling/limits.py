@@ -86,7 +86,8 @@ def limits_report(folder: Path) -> Report:
         title="Measured, against what it should be",
         rows=rows,
         notes="Ratios to the stock model of the same process. Time saved - FLOPs saved, in "
-        "points, is looked at where more than 20 % of the FLOPs as run are saved."
+        "points, is looked at where more than 20 % of the FLOPs as run are saved. Spread: of the "
+        "arm's own rounds; with a large one the machine was busy."
         + (f" Not measured: {', '.join(missing)}." if missing else ""),
         plot=Plot(
             x=[f"{line['report']} {line['arm'].removeprefix('ProxyV-')}" for line in ratios],
@@ -111,6 +112,7 @@ def _line(limit: Limit, reports: dict[str, Any]) -> dict[str, Any]:
         "column": limit.column,
         "measured": value,
         "limit": limit.at_most,
+        "spread %": _spread(rows[0]) if rows else None,
         "verdict": "not measured" if value is None else _verdict(value <= limit.at_most),
     }
 
@@ -131,8 +133,14 @@ def _saved_lines(name: str, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "column": "time saved - FLOPs saved",
             "measured": points,
             "limit": -POINTS,
+            "spread %": _spread(row),
             "verdict": _verdict(points >= -POINTS),
         }
+
+
+def _spread(row: dict[str, Any]) -> float | None:
+    """How far the rounds lie apart, in percent of their median; None where nothing was timed."""
+    return 100 * row["spread ms"] / row["median ms"] if "spread ms" in row else None
 
 
 def _verdict(holds: bool) -> str:

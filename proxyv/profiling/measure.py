@@ -72,6 +72,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time several calls in turn, so that whatever else the machine does hits all alike.
 
+    Every round begins with the next call, so that none always follows the same other one.
+
     Args:
         works: calls by name.
         device: that they run on.
@@ -83,9 +85,11 @@ def time_interleaved(
         Timings by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
     for turn in range(warmup + repeats):
-        for name, work in works.items():
-            took = elapsed(work, device)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            took = elapsed(works[name], device)
             if turn >= warmup:
                 seconds[name].append(took)
             if after is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from proxyv.model.flops import RowTokens
 
-__all__ = ["FUSED_QKV", "PAPER", "PAPER_ROW", "PAPER_SKIPS", "PaperFigures"]
+__all__ = ["FUSED_QKV", "PAPER", "PAPER_REDUCTIONS", "PAPER_ROW", "PAPER_SKIPS", "PaperFigures"]
 
 PAPER_ROW = RowTokens(crops=5, text=50)
 FUSED_QKV = ("phi3-3b", "internlm2.5-7b")
@@ -49,3 +49,24 @@ PAPER_SKIPS: dict[str, dict[int, PaperFigures]] = {
     "atn_ffn": {0: PaperFigures(80), 12: PaperFigures(50), 16: PaperFigures(40)},
 }
 """Vicuna-7B whose vision tokens skip attention, or attention and FFN, by first such layer."""
+
+_VISIONZIP: dict[str, object] = {
+    "method": "visionzip",
+    "dominant": 360,
+    "contextual": 40,
+    "include_class": True,
+}
+_PYRAMIDDROP: dict[str, object] = {
+    "method": "pyramiddrop",
+    "layers": (12, 20, 26),
+    "ratios": (0.5, 0.25, 0.125),
+}
+PAPER_REDUCTIONS: list[tuple[dict[str, object], int | None, PaperFigures]] = [
+    (_VISIONZIP, None, PaperFigures(32, 40)),
+    (_VISIONZIP, 12, PaperFigures(62)),
+    (_PYRAMIDDROP, None, PaperFigures(42, 46)),
+]
+"""Vicuna-7B with token reduction: options, start layer of the ProxyV layers if any, savings.
+
+The paper does not print its settings; these are those that give its FLOPs (docs/decisions.md).
+"""

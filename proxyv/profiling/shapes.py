@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyv.cli import nearest
 from proxyv.config import ProxyVConfig
 from proxyv.profiling.paper import PAPER
-from proxyv.train.build import build_on_meta
-from proxyv.train.config_files import load_settings, preset_file
+from proxyv.reduction import build_reduction
 
-__all__ = ["arm_name", "from_preset", "from_shape", "start_layers", "with_start"]
+__all__ = [
+    "arm_name",
+    "check_kept",
+    "describe_methods",
+    "from_preset",
+    "from_shape",
+    "further_arms",
+    "image_decides",
+    "start_layers",
+    "with_start",
+]
 
 _FIELDS = {
     "layers": "num_hidden_layers",
@@ -31,6 +41,10 @@ def from_preset(preset: str) -> ProxyVConfig:
         ValueError: no such preset.
         OSError: its configuration files cannot be found.
     """
+    # A shape needs nothing of what training needs.
+    from proxyv.train.build import build_on_meta
+    from proxyv.train.config_files import load_settings, preset_file
+
     config = build_on_meta(load_settings(preset_file(preset, "pretrain"))).config
     if getattr(config.text_config, "sliding_window", None) is not None:
         config.text_config.sliding_window = None  # a baseline's window would hide image rows too
@@ -88,13 +102,75 @@ def with_start(config: ProxyVConfig, start: int | None, **options: Any) -> Proxy
     return changed
 
 
-def arm_name(config: ProxyVConfig) -> str:
-    """What tables call a model: baseline, ProxyV-L12, ATN-L12, visionzip, ProxyV-L12+visionzip."""
+def further_arms(
+    config: ProxyVConfig,
+    starts: Sequence[int],
+    skips: Sequence[str],
+    reductions: Sequence[Mapping[str, Any]],
+) -> list[ProxyVConfig]:
+    """Layers that skip, from each start; each method alone, then with ProxyV from each start.
+
+    Raises:
+        ValueError: a method that does not go with the ProxyV layers asked for.
+    """
+    plain = {"proxy_kind": "spatial", "learned_proxies": None}
+    found = [with_start(config, start, skip=skip, **plain) for skip in skips for start in starts]
+    for method in reductions:
+        alone = with_start(config, None, reduction=dict(method), **plain)
+        found += [alone, *(with_start(config, s, reduction=dict(method)) for s in starts)]
+    return found
+
+
+def arm_name(config: ProxyVConfig, learned: bool = False) -> str:
+    """What tables call a model: baseline, ProxyV-L12, ATN-L12, fastv, ProxyV-L12+fastv.
+
+    Args:
+        config: of the model.
+        learned: say of a ProxyV model that its proxies are learned, "ProxyV-L12 learned".
+    """
     method = config.reduction_method
     if config.start_layer is None:
         return "baseline" if method is None else method.name
     kind = {None: "ProxyV", "atn": "ATN", "atn_ffn": "ATN+FFN"}[config.skip]
-    return f"{kind}-L{config.start_layer}" + ("" if method is None else f"+{method.name}")
+    said = " learned" if learned and config.skip is None and config.proxy_kind == "learned" else ""
+    return f"{kind}-L{config.start_layer}{said}" + ("" if method is None else f"+{method.name}")
+
+
+def describe_methods(reductions: Sequence[Mapping[str, Any]], kept: int | None) -> str:
+    """The options of every method, as a note below a table; empty without methods."""
+    if not reductions:
+        return ""
+    parts = []
+    for mapping in reductions:
+        options = build_reduction(mapping).options()
+        name = options.pop("method")
+        parts.append(f"{name} {json.dumps(options)}")
+    left = "" if kept is None else f" Where the image decides, {kept} tokens of a crop are left."
+    return f" Token reduction: {'; '.join(parts)}.{left}"
+
+
+def image_decides(config: ProxyVConfig) -> bool:
+    """Whether it depends on the image how many tokens a crop keeps."""
+    method = config.reduction_method
+    return method is not None and method.tokens_per_crop(config.side**2) is None
+
+
+def check_kept(config: ProxyVConfig, kept: int | None) -> None:
+    """Refuse a number of tokens that a crop cannot keep.
+
+    Raises:
+        ValueError: none where the image decides, or more than there are.
+    """
+    method: Any = config.reduction_method
+    if not image_decides(config):
+        return
+    if kept is None:
+        raise ValueError(
+            f"how many tokens method {method.name!r} leaves depends on the image: say how many of "
+            "a crop with --kept"
+        )
+    if not 1 <= kept <= config.side**2:
+        raise ValueError(f"--kept must be from 1 to {config.side**2}, a crop's tokens; got {kept}")
 
 
 def start_layers(given: str | None, preset: str | None, config: ProxyVConfig) -> Sequence[int]:

@@ -98,15 +98,17 @@ def _continue(
 ) -> Tensor:
     """Rows without images, after whatever is cached."""
     B, S, _ = hidden.shape
-    cached = past_length(past_key_values)
+    cached, stages = past_length(past_key_values), stages_of(past_key_values)
     if attention_mask is None:
         attention_mask = hidden.new_ones(B, cached + S)
+        if stages is not None and position_ids is None:  # rows that left are counted all the same
+            read = stages[0].valid[:, :cached].sum(dim=1, keepdim=True) + stages[0].shift
+            position_ids = read + torch.arange(S, device=hidden.device)
     whole = attention_mask.bool()
     if position_ids is None:
         position_ids = count_positions(whole)[:, -S:]
     position_ids = position_ids.expand(B, -1)
     of_layer = layer_stages(method, len(model.layers))
-    stages = stages_of(past_key_values)
     if stages is None:  # the cache holds whole sequences in every layer
         none = position_ids.new_zeros(B, 1)
         stages = (StageState(whole[:, : whole.shape[1] - S], none),) * (max(of_layer) + 1)

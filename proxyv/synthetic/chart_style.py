@@ -81,7 +81,7 @@ LOOKS: dict[Split, Looks] = {
         line_styles=("-",),
         rings=(None,),
         bar_shares=(0.6, 0.85),
-        values_inside=0.0,
+        values_inside=0.3,
     ),
     "test": Looks(
         papers=(
@@ -139,7 +139,7 @@ def draw_style(rng: np.random.Generator, split: Split, size_hw: tuple[int, int])
     looks = LOOKS[split]
     family = _one(rng, families(split))
     scale = (min(size_hw) / 168) ** 0.6
-    em = round(float(rng.uniform(9.5, 11.5)) * scale * 2) / 2
+    em = round(float(rng.uniform(11.0, 14.0)) * scale * 2) / 2
     regular = str(font_path(family, _one(rng, family.regular)))
     bold = str(font_path(family, _one(rng, family.bold)))
     palette = list(_one(rng, list(PALETTES[split].values())).items())
@@ -162,6 +162,6 @@ def draw_style(rng: np.random.Generator, split: Split, size_hw: tuple[int, int])
         values_inside=bool(rng.random() < looks.values_inside),
         title_face=Face(bold if rng.random() < 0.6 else regular, em + scale),
         face=Face(regular, em),
-        small=Face(regular, max(9.0 * scale, em - scale)),
+        small=Face(regular, max(10.0 * scale, em - scale)),
         colors=tuple(palette[int(i)] for i in rng.permutation(len(palette))),
     )

@@ -1,12 +1,14 @@
 """The fonts that the small world is set in; the test half uses families that training never sees.
 
-All of them arrive with Python packages (matplotlib's own and the ``font-*`` packages, under the
-Open Font, Apache or Bitstream licences), so nothing is downloaded and nothing depends on what a
-machine happens to have installed.
+All of them arrive with Python packages (matplotlib's own, the ``font-*`` packages and
+``pymupdf-fonts``, under the Open Font, Ubuntu, Apache or Bitstream licences), so nothing is
+downloaded and nothing depends on what a machine happens to have installed.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,11 +21,15 @@ from proxyv.synthetic.page import Split
 __all__ = ["FAMILIES", "Family", "families", "font_path", "load_font"]
 
 _DEJAVU = "matplotlib:mpl-data/fonts/ttf"
+_PACKED = "pymupdf_fonts"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A font family: where its files lie (``package:folder``), and which face to use for what."""
+    """A font family: where its files lie (``package:folder``), and which face to use for what.
+
+    Faces of a package without a folder are the names that it gives them.
+    """
 
     name: str
     place: str
@@ -89,6 +95,9 @@ FAMILIES: tuple[Family, ...] = (
         ("HankenGrotesk-Bold.otf",),
         "train",
     ),
+    Family("FiraGO", _PACKED, ("figo", "figit"), ("figbo",), "train"),
+    Family("Noto Sans", _PACKED, ("notos", "notosit"), ("notosbo",), "train"),
+    Family("Ubuntu", _PACKED, ("ubuntu", "ubuntuit"), ("ubuntubo",), "train"),
     Family("Lato", "font_lato:files", ("Lato-Regular.ttf",), ("Lato-Bold.ttf",), "test"),
     Family(
         "Source Sans Pro",
@@ -113,9 +122,9 @@ def font_path(family: Family, face: str) -> Path:
     Raises:
         ValueError: the Python package that carries the family is not installed.
     """
-    package, folder = family.place.split(":")
+    package, _, folder = family.place.partition(":")
     try:
-        path = Path(str(files(package))) / folder / face
+        path = _unpacked(face) if package == _PACKED else Path(str(files(package))) / folder / face
     except ModuleNotFoundError as error:
         raise ValueError(
             f"font family {family.name!r} comes with the package {package!r}, which is not "
@@ -123,6 +132,21 @@ def font_path(family: Family, face: str) -> Path:
         ) from error
     if not path.is_file():
         raise ValueError(f"font family {family.name!r}: {path} does not exist")
+    return path
+
+
+def _unpacked(face: str) -> Path:
+    """The file of a face that its package holds as compressed bytes, in the user's own folder."""
+    from pymupdf_fonts import fontbuffers, fontdescriptors
+
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"proxyv-fonts-{user}"
+    path = folder / f"{face}.ttf"
+    if not path.is_file() or path.stat().st_size != fontdescriptors[face]["size"]:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(fontbuffers[face]())
+        os.replace(file.name, path)  # processes that draw side by side see all of it or nothing
     return path
 
 

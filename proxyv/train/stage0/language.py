@@ -81,7 +81,7 @@ CURRICULUM = (
     Phase(700, STRIP_HW, 24, Mix(text=0.25, documents=0.75, charts=0.0)),
     Phase(600, PAGE_HW, 16, Mix(0.0, 0.05, 0.0, 0.35, 0.6, chart_questions=(6, 10))),
     Phase(900, PAGE_HW, 12, Mix(0.02, 0.14, 0.2, 0.5, 0.14, chart_questions=(6, 10))),
-    Phase(0, PAGE_HW, 12, Mix(0.03, 0.27, 0.54, 0.1, 0.06, chart_questions=(6, 10))),
+    Phase(0, PAGE_HW, 12, Mix(0.03, 0.22, 0.55, 0.1, 0.1, chart_questions=(6, 10))),
 )
 
 
@@ -256,7 +256,7 @@ def answer_weights(labels: Tensor) -> Tensor:
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     if settings.init:
-        settings = replace(settings, phases=settings.phases[1:])  # it knows how to find and copy
+        settings = replace(settings, phases=settings.phases[-1:])  # it knows how to find and copy
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)

@@ -66,7 +66,7 @@ class TowerSettings:
     batch: int = 32
     seed: int = 11
     ring: int = 6000
-    renew: int = 10
+    renew: int = 5
     workers: int = 1
     held: int = 96
     init: Path | None = None
