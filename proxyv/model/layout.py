@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CropGroup", "SequenceLayout", "natural_index"]
+__all__ = ["CropGroup", "SequenceLayout", "natural_index", "take_rows"]
 
 
 class CropGroup(NamedTuple):
@@ -107,7 +107,7 @@ class SequenceLayout:
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Split natural rows (B, S, D) into the light (B, L, D) and the full (B, F, D) stream."""
-        return _take_rows(rows, self.light_index), _take_rows(rows, self.full_index)
+        return take_rows(rows, self.light_index), take_rows(rows, self.full_index)
 
     def join(self, light: Tensor, full: Tensor) -> Tensor:
         """Join the streams back into natural order, along the second-to-last dimension.
@@ -125,10 +125,7 @@ class SequenceLayout:
                 for is_full, start, stop in self.segments
             ]
             return torch.cat(parts, dim=-2)
-        rows = torch.cat([light, full], dim=-2)
-        index = self.natural_index
-        index = index.view(index.shape[0], *([1] * (rows.dim() - 3)), index.shape[1], 1)
-        return rows.gather(-2, index.expand(*rows.shape[:-2], index.shape[-2], rows.shape[-1]))
+        return take_rows(torch.cat([light, full], dim=-2), self.natural_index)
 
     def proxy_slots(self) -> Tensor:
         """(B, P) slots of the proxies: consecutive from the slot of their image's first token."""
@@ -224,8 +221,9 @@ def natural_index(
     return natural.scatter(1, where, numbers)[:, :length]
 
 
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """(B, S, D) and (B, N) -> (B, N, D)."""
-    if index.shape[0] == 1:
-        return rows.index_select(1, index[0])
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, ..., S, X) and (B, N) -> (B, ..., N, X): rows by number, for each sample its own."""
+    if index.shape[0] == 1:  # one pass over memory, a row at a time
+        return rows.index_select(-2, index[0])
+    index = index.view(index.shape[0], *([1] * (rows.dim() - 3)), -1, 1)
+    return rows.gather(-2, index.expand(*rows.shape[:-2], -1, rows.shape[-1]))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxyv.model.layout import take_rows
 from proxyv.model.passes import rotate
-from proxyv.reduction.rows import Rows, take
+from proxyv.reduction.rows import Rows
 
 __all__ = [
     "attention_rows",
@@ -88,7 +89,7 @@ def decoder_heads(
         ValueError: a layer that projects in none of the ways known here.
     """
     normed = layer.input_layernorm(hidden)
-    asking = normed if index is None else take(normed, index)
+    asking = normed if index is None else take_rows(normed, index)
     attn = layer.self_attn
     width = attn.head_dim
 
@@ -109,7 +110,7 @@ def decoder_heads(
         )
     if hasattr(attn, "q_norm"):
         query, key = attn.q_norm(query), attn.k_norm(key)
-    asked = rope if index is None else (take(rope[0], index), take(rope[1], index))
+    asked = rope if index is None else (take_rows(rope[0], index), take_rows(rope[1], index))
     return rotate(query, asked), rotate(key, rope)
 
 

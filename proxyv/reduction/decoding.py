@@ -99,6 +99,11 @@ def _continue(
     """Rows without images, after whatever is cached."""
     B, S, _ = hidden.shape
     cached, stages = past_length(past_key_values), stages_of(past_key_values)
+    if stages is not None and stages[0].valid.shape[0] != B:
+        raise ValueError(
+            f"the cache was filled in a batch of {stages[0].valid.shape[0]}, now the batch is {B}: "
+            "start a new cache"
+        )
     if attention_mask is None:
         attention_mask = hidden.new_ones(B, cached + S)
         if stages is not None and position_ids is None:  # rows that left are counted all the same
@@ -112,11 +117,6 @@ def _continue(
     if stages is None:  # the cache holds whole sequences in every layer
         none = position_ids.new_zeros(B, 1)
         stages = (StageState(whole[:, : whole.shape[1] - S], none),) * (max(of_layer) + 1)
-    if stages[0].valid.shape[0] != B:
-        raise ValueError(
-            f"the cache was filled in a batch of {stages[0].valid.shape[0]}, now the batch is {B}: "
-            "start a new cache"
-        )
     new: list[StageState] = []
     for index, layer in enumerate(model.layers):
         if of_layer[index] == len(new):

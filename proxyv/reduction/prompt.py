@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from proxyv.model.decoder import Streams
-from proxyv.model.layout import CropGroup, SequenceLayout
+from proxyv.model.layout import CropGroup, SequenceLayout, take_rows
 from proxyv.reduction.attention import decoder_heads
 from proxyv.reduction.base import DecoderReduction
-from proxyv.reduction.rows import Rows, select, take
+from proxyv.reduction.rows import Rows, select
 from proxyv.reduction.stages import StageState, note_stages, run_layer, stage_mask
 
 __all__ = ["Prompt", "ProxyLayers", "choose_rows"]
@@ -139,14 +139,14 @@ class Prompt:
         if isinstance(self.hidden, tuple):
             assert self.layout is not None, "streams without a layout"
             _, main, full, splats = self.hidden
-            full = take(full, chosen).masked_fill(~self.layout.full_valid[..., None], 0)
+            full = take_rows(full, chosen).masked_fill(~self.layout.full_valid[..., None], 0)
             if splats is not None:
                 splats = _keep_splats(splats, chosen, groups, self.layout.groups)
             self.hidden = (None, main, full, splats)
         else:
             # Padding is zero, so that no value of a dropped row lives on in it.
             padding = ~self.rows.valid[..., None]
-            self.hidden = take(self.hidden, index).masked_fill(padding, 0)
+            self.hidden = take_rows(self.hidden, index).masked_fill(padding, 0)
         self._new_stage(renumber)
 
     def _new_stage(self, renumbered: bool) -> None:
@@ -191,7 +191,7 @@ def _keep_splats(
     kept, start = [], 0
     parts = chosen.split([group.num_full for group in after], dim=1)
     for splat, index, group in zip(splats, parts, before, strict=True):
-        rows = take(splat.flatten(1, 2), index - start)
+        rows = take_rows(splat.flatten(1, 2), index - start)
         kept.append(rows.unflatten(1, (group.num_crops, -1)))
         start += group.num_full
     return tuple(kept)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from proxyv.model.layout import take_rows
 from proxyv.reduction.base import (
     MERGED,
     CropTokens,
@@ -27,7 +28,6 @@ from proxyv.reduction.base import (
     require_int,
     require_number,
 )
-from proxyv.reduction.rows import take
 
 __all__ = ["PruMerge", "class_attention", "count_outliers", "merge_neighbours", "spatial_mask"]
 
@@ -156,13 +156,13 @@ def merge_neighbours(
     index = place.masked_fill(~kept, 2 * n + 1).argsort(dim=1, stable=True)[:, :most]
     valid = kept.gather(1, index)
     unit = torch.nn.functional.normalize(key.float(), dim=-1)
-    similarity = take(unit, index) @ unit.transpose(1, 2)  # (N, most, n)
+    similarity = take_rows(unit, index) @ unit.transpose(1, 2)  # (N, most, n)
     similarity = similarity.scatter(2, index[..., None], -torch.inf)
     nearest = similarity.topk(min(neighbours, n - 1), dim=-1).indices
     weights = torch.zeros_like(similarity).scatter(
         2, nearest, attention[:, None].expand_as(similarity).gather(2, nearest).to(similarity)
     )
-    merged = take(patches, index) + weights.to(patches) @ patches
+    merged = take_rows(patches, index) + weights.to(patches) @ patches
     rest = (attention.masked_fill(kept, 0).to(patches)[:, None] @ patches)[:, 0]
 
     tokens = patches.new_zeros(N, most + 1, patches.shape[-1])

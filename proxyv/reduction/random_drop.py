@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from proxyv.model.layout import take_rows
 from proxyv.reduction.base import CropTokens, TowerReduction, TowerStates, require_int
-from proxyv.reduction.rows import take
 
 __all__ = ["RandomDrop"]
 
@@ -53,4 +53,6 @@ class RandomDrop(TowerReduction):
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(n, generator=generator)[: self.tokens_per_crop(n)].sort().values
         index = drawn.to(patches.device).expand(N, -1)
-        return CropTokens(take(patches, index), torch.ones_like(index, dtype=torch.bool), index)
+        return CropTokens(
+            take_rows(patches, index), torch.ones_like(index, dtype=torch.bool), index
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "before_answers", "last_rows", "mask_of", "select", "take"]
+__all__ = ["Rows", "before_answers", "last_rows", "mask_of", "select"]
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,3 @@ def mask_of(index: Tensor, length: int) -> Tensor:
     """(N, k) indices -> (N, length) bool, True at them."""
     mask = torch.zeros(index.shape[0], length, dtype=torch.bool, device=index.device)
     return mask.scatter(1, index, True)
-
-
-def take(rows: Tensor, index: Tensor) -> Tensor:
-    """(N, S, X) and (N, k) -> (N, k, X)."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from proxyv.model.layout import take_rows
 from proxyv.reduction.attention import attention_rows
 from proxyv.reduction.base import (
     CLASS_TOKEN,
@@ -24,7 +25,7 @@ from proxyv.reduction.base import (
     TowerStates,
     require_int,
 )
-from proxyv.reduction.rows import mask_of, take
+from proxyv.reduction.rows import mask_of
 
 __all__ = ["VisionZip", "merge_similar", "zip_crops"]
 
@@ -115,8 +116,8 @@ def zip_crops(
     score = attention.float().sum(dim=1)
     kept = score.argsort(dim=1, descending=True, stable=True)[:, :dominant].sort(dim=1).values
     rest = (~mask_of(kept, n)).nonzero()[:, 1].view(N, n - dominant)
-    merged, targets = merge_similar(take(patches, rest), take(metric, rest), contextual)
-    tokens = [take(patches, kept), merged]
+    merged, targets = merge_similar(take_rows(patches, rest), take_rows(metric, rest), contextual)
+    tokens = [take_rows(patches, kept), merged]
     origin = [kept, rest.gather(1, targets)]
     if class_row is not None:
         tokens.insert(0, class_row)
