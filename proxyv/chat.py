@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from proxyv.cli import CommandError, run_command
+from proxyv.cli import CommandError, add_model_options, model_options, run_command
 
 __all__ = ["main", "talk"]
 
@@ -32,10 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image", required=True, action="append", type=Path, help="image file; may be repeated")
     add("--question", help="ask this and end (default: read questions, Ctrl-D ends)")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens")
-    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
-    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+    add_model_options(parser)
     return parser
 
 
@@ -49,13 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CommandError("--question is empty: write a question, or leave it out for a prompt")
     from proxyv.eval.answerer import Answerer
 
-    answerer = Answerer.load(
-        args.model,
-        dtype=args.dtype,
-        attention=args.attn,
-        device=args.device,
-        template=args.template,
-    )
+    answerer = Answerer.load(args.model, **model_options(args))
 
     def reply(conversation: list[dict[str, str]]) -> str:
         return answerer.reply([conversation], [images], args.max_new_tokens)[0]

@@ -1,13 +1,22 @@
-"""What every command shares: one-line errors with an exit code, and the nearest name for a typo."""
+"""What commands share: one-line errors with an exit code, nearest names, options of a model."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-__all__ = ["CommandError", "nearest", "require_one_of", "run_command"]
+__all__ = [
+    "CommandError",
+    "add_model_options",
+    "model_options",
+    "nearest",
+    "require_one_of",
+    "run_command",
+]
 
 
 class CommandError(ValueError):
@@ -39,6 +48,25 @@ def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{option}={value!r} is not known: use one of {', '.join(allowed)}")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How a command loads a model that is to answer; ``model_options`` reads what was given."""
+    add = parser.add_argument
+    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
+    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as arguments of ``proxyv.eval.answerer.Answerer.load``."""
+    return {
+        "dtype": args.dtype,
+        "attention": args.attn,
+        "device": args.device,
+        "template": args.template,
+    }
 
 
 def run_command(

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from proxyv.cli import CommandError, nearest, run_command
+from proxyv.cli import CommandError, model_options, nearest, run_command
 from proxyv.eval.answerer import Answerer, check_model_name
-from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, select
+from proxyv.eval.benchmarks import GROUPS, select
 from proxyv.eval.controls import CONTROLS, check_control
 from proxyv.eval.report import main as report_main
 from proxyv.eval.rescore import main as rescore_main
 from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import load_rows
 from proxyv.eval.tables import results_table
-from proxyv.eval.tasks import score_tasks
+from proxyv.eval.tasks import add_task_options, score_tasks
 from proxyv.eval.team import Team, join_team
 from proxyv.reduction.options import HELP as REDUCTION_HELP
 from proxyv.reduction.options import parse_options
@@ -54,21 +54,11 @@ groups of tasks, whose average is given as well:
     )
     add = parser.add_argument
     add("--model", required=True, help="model folder, or hub id")
-    names = ", ".join([*BENCHMARKS, *GROUPS])
-    add("--tasks", required=True, help=f"names with commas between: {names}")
-    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add_task_options(parser)
     add("--reduction", help=f"{REDUCTION_HELP} (default: the model's own)")
     add("--output", type=Path, help="result folder (default: runs/eval/<model>[-<control>])")
-    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
-    add("--limit", type=int, help="only the first N rows of each task")
     add("--control", help=f"change the images: {', '.join(CONTROLS)}")
     add("--seed", type=int, default=0, help="seed of the shuffled images (default: 0)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
-    add("--template", default="auto", help="chat template (default: the one saved with the model)")
-    add("--overwrite", action="store_true", help="start again, discard results in the folder")
-    add("--json", action="store_true", help="print results.json instead of the table")
     return parser
 
 
@@ -89,14 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_model_name(args.model)
     team = join_team(cpu=(args.device or "").startswith("cpu") or not torch.cuda.is_available())
     tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
-    answerer = Answerer.load(
-        args.model,
-        dtype=args.dtype,
-        attention=args.attn,
-        device=args.device or _own_gpu(team),
-        template=args.template,
-        **_reduction(args.reduction),
-    )
+    args.device = args.device or _own_gpu(team)
+    answerer = Answerer.load(args.model, **model_options(args), **_reduction(args.reduction))
     output = args.output or _default_output(args.model, args.control, args.reduction)
     console = Console(
         stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not team.is_first

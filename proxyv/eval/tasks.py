@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import json
@@ -10,15 +11,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from proxyv.cli import add_model_options
 from proxyv.eval.answerer import Answerer
-from proxyv.eval.benchmarks import BENCHMARKS, averages
+from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages
 from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
 from proxyv.eval.records import write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows
 from proxyv.eval.team import ALONE, Team
 
-__all__ = ["score_tasks"]
+__all__ = ["add_task_options", "score_tasks"]
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """What a command asks, how, and with what kind of numbers; not which model."""
+    add = parser.add_argument
+    names = ", ".join([*BENCHMARKS, *GROUPS])
+    add("--tasks", required=True, help=f"names with commas between: {names}")
+    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
+    add("--limit", type=int, help="only the first N rows of each task")
+    add_model_options(parser)
+    add("--overwrite", action="store_true", help="start again, discard results in the folder")
+    add("--json", action="store_true", help="print JSON instead of the table")
 
 
 def score_tasks(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from proxyv.cli import CommandError, run_command
+from proxyv.cli import CommandError, add_model_options, model_options, run_command
 from proxyv.data.rows import Row
 from proxyv.data.sources import Source, open_source
 from proxyv.data.templates import IMAGE_MARK
@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "find how many image tokens FitPrune drops after which layer, on a few conversations"
-    add = commands.add_parser("calibrate", help=text, description=text, **look).add_argument
+    command = commands.add_parser("calibrate", help=text, description=text, **look)
+    add = command.add_argument
     add("--model", required=True, help="model folder, or hub id; a baseline")
     add("--annotations", required=True, help="json, jsonl, parquet, a folder, a hub id, or yaml")
     add("--images", help="folder that image paths are relative to")
@@ -52,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=64, help="conversations with images to look at (64)")
     add("--seed", type=int, default=0, help="which ones they are (0)")
     add("--output", type=Path, default=Path("fitprune.json"), help="file (fitprune.json)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
-    add("--template", default="auto", help="chat template (default: the one saved with the model)")
+    add_model_options(command)
     add("--json", action="store_true", help="print JSON instead of the summary")
     return parser
 
@@ -68,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CommandError(f"--ratio {args.ratio}: must be between 0 and 1")
     check_model_name(args.model)
     source = open_source(args.annotations, args.images)
-    answerer = Answerer.load(
-        args.model, dtype=args.dtype, device=args.device, template=args.template, reduction=None
-    )
+    answerer = Answerer.load(args.model, reduction=None, **model_options(args))
     config = answerer.model.config
     if config.start_layer is not None or config.packing != "crops":
         raise CommandError(
