@@ -11,16 +11,23 @@ import torch
 from PIL import Image
 
 from proxyv.cli import run_command
-from proxyv.eval.__main__ import main as evaluate
 from proxyv.eval.answerer import Answerer
 from proxyv.reduction.tower import tower_states
 from proxyv.study.__main__ import main
 from proxyv.study.kept import draw_kept, kept_patches
 from tests.small_model import CROP_PX, PATCH_PX, save_small_model
-from tests.test_study import QUESTIONS, answer_rightly, world  # noqa: F401 - a fixture
+from tests.small_world import (
+    SIZES,
+    answer_rightly,
+    evaluate_small,
+    example,
+    random_picture,
+    write_docvqa,
+)
 
 SIDE = CROP_PX // PATCH_PX
 FASTV = {"method": "fastv", "layer": 1, "ratio": 0.5}
+INSIDE = {"method": "pyramiddrop", "layers": [1, 2], "ratios": [0.75, 0.5]}
 PRUMERGE = {"method": "prumerge"}
 
 
@@ -31,23 +38,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "fastv": save_small_model(folder / "fastv", reduction=FASTV, **common),
         "prumerge": save_small_model(folder / "prumerge", reduction=PRUMERGE, **common),
+        "proxies": save_small_model(
+            folder / "proxies",
+            proxy_kind="learned",
+            learned_proxies=3,
+            reduction=INSIDE,
+            image_aspect_ratio="anyres",
+        ),
         "plain": save_small_model(folder / "plain", **common),
     }
 
 
-def picture(width: int = 60) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 255, (30, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+def picture() -> Image.Image:
+    return random_picture(0, (60, 30))
 
 
 def load(folder: Path) -> Answerer:
     return Answerer.load(str(folder), device="cpu")
 
 
-def test_patches_that_a_drop_in_the_decoder_leaves(folders: dict[str, Path]) -> None:
-    kept = kept_patches(load(folders["fastv"]), "What?", [picture()])
+@pytest.mark.parametrize("name", ["fastv", "proxies"])
+def test_patches_that_a_drop_in_the_decoder_leaves(name, folders: dict[str, Path]) -> None:
+    kept = kept_patches(load(folders[name]), "What?", [picture()])
     assert kept is not None and kept.shape == (3, SIDE, SIDE)
     assert int(kept.sum()) == 3 * SIDE**2 // 2
+
+
+def test_a_model_that_drops_nothing_has_no_picture_of_it(folders: dict[str, Path]) -> None:
     assert kept_patches(load(folders["plain"]), "What?", [picture()]) is None
 
 
@@ -85,25 +102,26 @@ def test_dropped_patches_are_pale(folders: dict[str, Path]) -> None:
 
 def test_the_page_shows_what_reduction_gets_wrong(
     folders: dict[str, Path],
-    world: Path,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, right in (("fastv", 2), ("plain", 5)):
-        given = ["--model", str(folders[name]), "--data", str(world), "--tasks", "docvqa"]
-        assert evaluate([*given, "--output", str(tmp_path / name), "--device", "cpu"]) == 0
-        answer_rightly(tmp_path / name, right)
-    output = tmp_path / "page" / "gallery.html"
-    runs = [str(tmp_path / "fastv"), str(tmp_path / "plain")]
-    assert main(["gallery", *runs, "--output", str(output), "--samples", "2"]) == 0
-    page = output.read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    write_docvqa(tmp_path / "data", SIZES)
+    for name, model, right in (("fastv", "fastv", 2), ("proxyv", "plain", 5)):
+        folder = tmp_path / "runs/eval" / name
+        assert evaluate_small(folders[model], tmp_path / "data", folder) == 0
+        answer_rightly(folder, right)
+    command = example("gallery")
+    assert main([*command, "--samples", "2", "--device", "cpu"]) == 0
+    page = (tmp_path / "runs/study/gallery.html").read_text("utf-8")
     assert "2 of 3 questions that fastv gets wrong" in page
-    assert f"of {QUESTIONS} that both were asked" in page
+    assert f"of {len(SIZES)} that both were asked" in page
     assert re.findall(r"docvqa, question (\d)", page) == ["2", "3"]
     assert page.count("data:image/jpeg;base64,") == 2
     assert re.search(r"\d+ of 16 patches kept", page) or re.search(r"of 48 patches kept", page)
     assert "http://" not in page and "<script" not in page
 
     capsys.readouterr()
-    assert run_command(main, ["gallery", *runs[::-1], "--output", str(output)]) == 2
+    assert run_command(main, ["gallery", *command[:0:-1]]) == 2
     assert "its model has no token reduction" in capsys.readouterr().err

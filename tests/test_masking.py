@@ -116,6 +116,20 @@ def test_layers_whose_vision_tokens_are_no_queries_are_left_alone(generator) -> 
             assert float((model(**inputs).logits - plain).abs().max()) > 1e-3
 
 
+def test_crops_of_fewer_tokens_are_masked_alike(generator) -> None:
+    """A method before the decoder that leaves every crop as many tokens: only the tokens differ."""
+    zipped = {"method": "visionzip", "dominant": 5, "contextual": 2}
+    model = tiny_model(start_layer=None, reduction=zipped)
+    inputs = collate(samples_of(model, generator), "left")
+    skipping = tiny_model(start_layer=1, skip="atn", reduction=zipped)
+    model.load_state_dict(skipping.state_dict())
+    light = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN)
+    with torch.no_grad(), masked_layers(model, 3, "all"):
+        torch.testing.assert_close(
+            model(**inputs).logits[light], skipping(**inputs).logits[light], **CLOSE
+        )
+
+
 def test_stock_packing_hides_every_row_of_an_image_from_the_others() -> None:
     model = tiny_model(start_layer=None, packing="llava_next")
     ids = torch.randint(3, 50, (1, 30))
@@ -146,6 +160,10 @@ def test_what_cannot_be_masked_is_refused(generator) -> None:
     with pytest.raises(ValueError, match="hidden='text' is not known: use one of vision, all"):
         with masked_layers(model, 1, "text"):
             pass
+    for method in ({"method": "fastv", "layer": 1}, {"method": "prumerge", "neighbours": 3}):
+        with pytest.raises(ValueError, match=rf"'{method['method']}' drops rows on the way"):
+            with masked_layers(tiny_model(start_layer=None, reduction=method), 1):
+                pass
     ids, images = sample([2, "1", 3], model.config, generator)
     with torch.no_grad(), masked_layers(model, 1):
         cache = model(input_ids=ids[None, :2], use_cache=True).past_key_values

@@ -20,7 +20,7 @@ from proxyv.eval.hub import hub_reachable
 from proxyv.model.released import is_release
 from proxyv.model.stock import read_stock, suggested_template
 
-__all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "user_message"]
+__all__ = ["ATTENTION", "DTYPES", "Answerer", "check_model_name", "model_type", "user_message"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("sdpa", "eager")
@@ -73,8 +73,8 @@ class Answerer:
             **fields: fields of the model's configuration to set otherwise, such as ``reduction``.
 
         Raises:
-            CommandError: no such folder, or an option that does not exist.
-        ValueError: weights that do not fit the configuration.
+            CommandError: no such folder, an option that does not exist, or weights that do not
+                fit the configuration.
         """
         place = _device(device)
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
@@ -83,7 +83,7 @@ class Answerer:
         if attention not in ATTENTION:
             raise CommandError(nearest("attention", attention, ATTENTION))
         check_model_name(name)
-        kind = _model_type(name)
+        kind = model_type(name)
         options = {"dtype": DTYPES[dtype], "attn_implementation": attention}
         if kind == STOCK:
             if fields:
@@ -209,8 +209,12 @@ class Answerer:
         return sorted(ends)
 
 
-def _model_type(name: str) -> str:
-    """The type of a model; a release of the authors' counts as one of this package."""
+def model_type(name: str) -> str:
+    """The type of a model; a release of the authors' counts as one of this package.
+
+    Raises:
+        CommandError: its ``config.json`` is invalid.
+    """
     try:
         if is_release(name):
             return ProxyVConfig.model_type

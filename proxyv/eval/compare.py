@@ -16,7 +16,7 @@ from proxyv.eval.statistics import (
 )
 from proxyv.eval.stored import StoredRun
 
-__all__ = ["LOWER_IS_BETTER", "Cell", "Comparison", "Row", "compare", "name_runs"]
+__all__ = ["LOWER_IS_BETTER", "Cell", "Comparison", "Row", "compare", "name_runs", "same_questions"]
 
 LOWER_IS_BETTER = ("doc_edit_distance",)
 PERCENT = 100.0
@@ -99,7 +99,7 @@ def compare(runs: Sequence[StoredRun]) -> Comparison:
     rows, categories, notes = [], [], []
     parts: list[dict[str, Any]] = [{} for _ in runs]
     for task in (task for task in tasks if BENCHMARKS[task].scored):
-        alike = [_same_questions(task, runs[0], run) for run in runs]
+        alike = [same_questions(task, runs[0], run) for run in runs]
         names = name_runs([run.folder for run in runs])
         different = [
             name
@@ -143,7 +143,9 @@ def _of_kind(records: Sequence[Record], kind: str) -> list[float]:
     return [record["score"] for record in records if str(record["kind"]) == kind]
 
 
-def _same_questions(task: str, first: StoredRun, second: StoredRun) -> bool:
+def same_questions(task: str, first: StoredRun, second: StoredRun) -> bool:
+    """Whether both runs were asked the questions of a task, and the same ones."""
+
     def asked(run: StoredRun) -> list[tuple[Any, ...]]:
         keys = ("index", "question_id", "references")
         return [tuple(map(str, map(record.get, keys))) for record in run.records[task]]
@@ -194,6 +196,6 @@ def _averages(runs: Sequence[StoredRun], parts: Sequence[Mapping[str, Any]]) -> 
             for own in parts
         ]
         if any(own is not None for own in strata):
-            alike = [all(_same_questions(task, runs[0], run) for task in members) for run in runs]
+            alike = [all(same_questions(task, runs[0], run) for task in members) for run in runs]
             rows.append(_row(group, "average x 100", strata, alike, PERCENT))
     return rows

@@ -13,12 +13,15 @@ from proxyv.study import comparison, gallery, redundancy, table
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
-  python -m proxyv.study redundancy --model runs/tiny-baseline/finetune --data data/tiny \\
-      --tasks docvqa,chartqa --ratios 0,0.5,1
-  python -m proxyv.study table runs/eval/baseline runs/eval/atn-L12 runs/eval/atn_ffn-L12
-  python -m proxyv.study gallery runs/eval/fastv runs/eval/proxyv-L12 --output gallery.html
-  python -m proxyv.study compare base=runs/base fastv=runs/base@method=fastv,layer=2,ratio=0.5 \
-      proxyv=runs/proxyv --data data/tiny --tasks docvqa,chartqa"""
+  python -m proxyv.study redundancy --model runs/tiny-baseline/finetune --data data/generated \\
+      --tasks docvqa --ratios 0,0.5,1
+  python -m proxyv.study table runs/eval/baseline runs/eval/atn runs/eval/atn_ffn
+  python -m proxyv.study gallery runs/eval/fastv runs/eval/proxyv
+  python -m proxyv.study compare base=runs/tiny-baseline/finetune \\
+      fastv=runs/tiny-baseline/finetune@method=fastv,layer=2,ratio=0.5 \\
+      proxyv=runs/tiny/finetune --data data/generated --tasks docvqa
+
+runs/eval/NAME: a result folder of python -m proxyv.eval --output runs/eval/NAME"""
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[..., int]]] = {
     "redundancy": (

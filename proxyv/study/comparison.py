@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import AutoConfig
 
-from proxyv.cli import CommandError
-from proxyv.eval.answerer import Answerer, check_model_name
-from proxyv.eval.benchmarks import select
+from proxyv.cli import CommandError, model_options
+from proxyv.config import ProxyVConfig
+from proxyv.eval.answerer import Answerer, check_model_name, model_type
 from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.stored import StoredRun, load_run
-from proxyv.eval.tasks import score_tasks
+from proxyv.eval.tasks import add_task_options, score_tasks
+from proxyv.model.released import is_release
 from proxyv.profiling.report import Plot, Report
 from proxyv.reduction.options import parse_options
 from proxyv.study.cost import Cost, measure_cost
-from proxyv.study.scores import difference, run_name, score_run, shared_tasks
+from proxyv.study.publish import publish
+from proxyv.study.scores import difference, run_name, score_run, select_averaged
 
 __all__ = ["Entry", "add_options", "comparison_report", "parse_entry", "run"]
 
@@ -52,20 +55,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a model folder under a name of its own, and what to reduce it by: method=fastv,"
         "layer=2,ratio=0.5, or as JSON, or none; the first one is what the others are compared to",
     )
-    add("--tasks", required=True, help="as of python -m proxyv.eval, such as docvqa,chartqa")
-    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add_task_options(parser)
     add("--output", type=Path, default=Path("runs", "study", "compare"), help="folder")
-    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
-    add("--limit", type=int, help="only the first N rows of each task")
     add("--crops", type=int, default=5, help="of the prompt whose cost is measured (default: 5)")
     add("--text", type=int, default=50, help="its text tokens (default: 50)")
     add("--repeats", type=int, default=5, help="timed rounds (default: 5)")
-    add("--dtype", help="default: bfloat16 on a GPU, else float32")
-    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
-    add("--template", default="auto", help="chat template (default: the one saved with the model)")
-    add("--overwrite", action="store_true", help="start again, discard results in the folder")
-    add("--json", action="store_true", help="print JSON instead of the table")
 
 
 def parse_entry(given: str) -> Entry:
@@ -90,23 +84,37 @@ def run(args: argparse.Namespace) -> int:
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
         raise CommandError(f"{', '.join(names)}: give each model a name of its own")
-    benchmarks = select(args.tasks)
+    benchmarks = select_averaged(args.tasks)
     options = RunOptions(args.batch_size, args.limit)
     for entry in entries:
-        check_model_name(entry.model)
+        _check(entry)
     tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
     warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     found = [_look_at(entry, args, tables, options, warn) for entry in entries]
     report = comparison_report(
         names, [run_ for run_, _ in found], [cost for _, cost in found], list(tables)
     )
-    report.settings.update(
-        {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    )
-    report.save(args.output)
-    report.print(args.json)
-    warn(f"written: {args.output / report.name}.json, .md and .png")
+    publish(report, args, args.output)
     return 0
+
+
+def _check(entry: Entry) -> None:
+    """Refuse a model that cannot be compared, before hours are spent on those before it.
+
+    Raises:
+        CommandError: no such model, or one whose rows are no crops.
+        ValueError: a method that does not go with its configuration.
+    """
+    check_model_name(entry.model)
+    if model_type(entry.model) == ProxyVConfig.model_type and is_release(entry.model):
+        return
+    config = AutoConfig.from_pretrained(entry.model, **entry.fields)
+    if not isinstance(config, ProxyVConfig) or config.packing != "crops":
+        raise CommandError(
+            f"{entry.name}: the image rows of {entry.model} are no crops, whose cost could be "
+            "compared; python -m proxyv.eval scores it alone"
+        )
+    config.check_options()
 
 
 def _look_at(
@@ -117,14 +125,8 @@ def _look_at(
     warn: Callable[[str], None],
 ) -> tuple[StoredRun, Cost]:
     """Score a model and measure it; only one is in memory at a time."""
-    answerer = Answerer.load(
-        entry.model,
-        dtype=args.dtype,
-        attention=args.attn,
-        device=args.device,
-        template=args.template,
-        **entry.fields,
-    )
+    answerer = Answerer.load(entry.model, **model_options(args), **entry.fields)
+    args.device = str(answerer.device)
     folder = args.output / entry.name
     warn(f"{entry.name}: {folder}")
     score_tasks(
@@ -151,9 +153,7 @@ def comparison_report(
         costs: what a prompt costs each.
         tasks: the tasks whose scores are averaged.
     """
-    known = shared_tasks(runs)
-    chosen = [task for task in tasks if task in known]
-    scores = [score_run(run_, chosen) for run_ in runs]
+    scores = [score_run(run_, tasks) for run_ in runs]
     rows: list[dict[str, Any]] = []
     for name, run_, score, cost in zip(names, runs, scores, costs, strict=True):
         gap = difference(score, scores[0])
@@ -161,6 +161,7 @@ def comparison_report(
             {
                 "name": name,
                 "model": run_name(run_),
+                **{f"{task} %": score.tasks[task] for task in tasks if len(tasks) > 1},
                 "score %": score.value,
                 "from": score.interval[0],
                 "to": score.interval[1],
@@ -178,7 +179,7 @@ def comparison_report(
         name="compare",
         title=f"Models side by side, the first is {names[0]}",
         rows=rows,
-        notes=f"Score: mean of {', '.join(chosen)}, with its 95 % bootstrap interval; gap to the "
+        notes=f"Score: mean of {', '.join(tasks)}, with its 95 % bootstrap interval; gap to the "
         "first, p from a paired permutation test. FLOPs: counted in the decoder with eager "
         "attention (S x S), guided updates folded. Prefill: vision tower, decoder and one row of "
         "logits, median and spread of the repeats; models are measured one after another. Peak: "

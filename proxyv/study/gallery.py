@@ -90,13 +90,7 @@ def failures(reduced: StoredRun, other: StoredRun) -> list[tuple[str, tuple[Reco
     """
     found = []
     for task in shared_tasks([reduced, other]):
-        own = {record["index"]: record for record in other.records[task]}
-        for record in reduced.records[task]:
-            partner = own.get(record["index"])
-            if partner is None or partner["references"] != record["references"]:
-                raise CommandError(
-                    f"{task}: {reduced.folder} and {other.folder} were not asked the same questions"
-                )
+        for record, partner in zip(reduced.records[task], other.records[task], strict=True):
             if record["error"] is None and record["score"] < RIGHT <= partner["score"]:
                 found.append((task, (record, partner)))
     return sorted(found, key=lambda entry: entry[1][0]["score"] - entry[1][1]["score"])

@@ -40,8 +40,8 @@ def masked_layers(model: Any, number: int, hidden: str = "vision") -> Iterator[l
         The layers that are masked.
 
     Raises:
-        ValueError: an unknown ``hidden``, more layers than there are, or an attention function
-            that takes no masks.
+        ValueError: an unknown ``hidden``, more layers than there are, an attention function that
+            takes no masks, or token reduction that leaves layers different rows.
     """
     decoder = model.model.language_model
     depth = len(decoder.layers)
@@ -52,6 +52,14 @@ def masked_layers(model: Any, number: int, hidden: str = "vision") -> Iterator[l
     name = decoder.config._attn_implementation
     if masked_attention(name) != name:
         raise ValueError(f"attn_implementation={name!r} takes no masks: use 'sdpa' or 'eager'")
+    method = model.config.reduction_method
+    if method is not None and (
+        method.stage == "decoder" or method.tokens_per_crop(model.config.side**2) is None
+    ):
+        raise ValueError(
+            f"reduction method {method.name!r} drops rows on the way through the decoder, so no "
+            "mask of the prompt fits its layers: mask a model whose config.json says reduction null"
+        )
     chosen = [
         index
         for index in range(depth - number, depth)

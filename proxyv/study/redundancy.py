@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from proxyv.cli import CommandError
+from proxyv.cli import CommandError, model_options
 from proxyv.eval.answerer import Answerer, check_model_name
-from proxyv.eval.benchmarks import select
 from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.stored import StoredRun, load_run
-from proxyv.eval.tasks import score_tasks
+from proxyv.eval.tasks import add_task_options, score_tasks
 from proxyv.profiling.report import Plot, Report
 from proxyv.study.masking import HIDDEN, masked_layers
-from proxyv.study.scores import difference, score_run, shared_tasks
+from proxyv.study.publish import publish
+from proxyv.study.scores import difference, score_run, select_averaged
 
 __all__ = ["add_options", "curve_report", "layer_counts", "run"]
 
@@ -29,8 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m proxyv.study redundancy``."""
     add = parser.add_argument
     add("--model", required=True, help="model folder, or hub id")
-    add("--tasks", required=True, help="as of python -m proxyv.eval, such as docvqa,chartqa")
-    add("--data", type=Path, help="folder with a folder for each task (default: the hub)")
+    add_task_options(parser)
     add("--ratios", default=RATIOS, help=f"shares of layers, from the last one (default: {RATIOS})")
     add(
         "--hide",
@@ -39,50 +38,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what vision tokens do not see there: other vision tokens, or all others "
         "(default: vision)",
     )
-    add("--output", type=Path, help="folder (default: runs/study/<model>-<hide>)")
-    add("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
-    add("--limit", type=int, help="only the first N rows of each task")
-    add("--dtype", help="default: bfloat16 on a GPU, else float32")
-    add("--attn", default="sdpa", help="sdpa or eager (default: sdpa)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, if any)")
-    add("--template", default="auto", help="chat template (default: the one saved with the model)")
-    add("--overwrite", action="store_true", help="start again, discard results in the folder")
-    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--output", type=Path, help="folder (default: runs/study/<run>-<model>-<hide>)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the model at every ratio that the folder does not hold yet, and draw the curve."""
     ratios = _ratios(args.ratios)
-    benchmarks = select(args.tasks)
+    benchmarks = select_averaged(args.tasks)
     options = RunOptions(args.batch_size, args.limit)
     check_model_name(args.model)
     tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
-    answerer = Answerer.load(
-        args.model,
-        dtype=args.dtype,
-        attention=args.attn,
-        device=args.device,
-        template=args.template,
-    )
+    answerer = Answerer.load(args.model, **model_options(args))
+    args.device = str(answerer.device)
     depth = answerer.model.config.text_config.num_hidden_layers
-    output = args.output or Path("runs", "study", f"{Path(args.model).resolve().name}-{args.hide}")
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    output = args.output or _default_output(args.model, args.hide)
+    warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     runs = [
-        found
+        _score_masked(args, answerer, tables, options, output, number, warn)
         for number in layer_counts(ratios, depth)
-        for found in _scored(args, answerer, tables, options, output, number, console.print)
     ]
-    report = curve_report(runs, list(tables))
-    report.settings.update(
-        {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    )
-    report.save(output)
-    report.print(args.json)
-    console.print(f"written: {output / report.name}.json, .md and .png")
+    publish(curve_report(runs, list(tables)), args, output)
     return 0
 
 
-def _scored(
+def _default_output(model: str, hide: str) -> Path:
+    """Named by the last two parts, because the folders of many runs are called finetune."""
+    return Path("runs", "study", "-".join([*Path(model).resolve().parts[-2:], hide]))
+
+
+def _score_masked(
     args: argparse.Namespace,
     answerer: Answerer,
     tables: dict[str, Rows],
@@ -90,7 +74,7 @@ def _scored(
     output: Path,
     number: int,
     warn: Callable[[str], None],
-) -> Iterator[StoredRun]:
+) -> StoredRun:
     """The run with so many layers masked; what its folder holds is not asked again."""
     folder = output / f"masked-{number:02d}"
     warn(f"{number} layers masked: {folder}")
@@ -106,7 +90,7 @@ def _scored(
             overwrite=args.overwrite,
             changes={"masked_layers": number, "masked": layers, "hidden": args.hide},
         )
-    yield load_run(folder)
+    return load_run(folder)
 
 
 def layer_counts(ratios: Sequence[float], depth: int) -> list[int]:
@@ -121,9 +105,7 @@ def curve_report(runs: Sequence[StoredRun], tasks: Sequence[str]) -> Report:
         runs: one for each number of masked layers; the first one masks none.
         tasks: the tasks whose scores are averaged.
     """
-    known = shared_tasks(runs)
-    chosen = [task for task in tasks if task in known]
-    scores = [score_run(run, chosen) for run in runs]
+    scores = [score_run(run, tasks) for run in runs]
     rows: list[dict[str, Any]] = []
     for run_, score in zip(runs, scores, strict=True):
         settings = run_.results["settings"]
@@ -149,7 +131,7 @@ def curve_report(runs: Sequence[StoredRun], tasks: Sequence[str]) -> Report:
         title=f"Vision tokens that do not see {_what(hidden)} in the last layers: "
         f"{runs[0].results['model']}",
         rows=rows,
-        notes=f"Nothing is trained. Score: mean of {', '.join(chosen)}, with its 95 % bootstrap "
+        notes=f"Nothing is trained. Score: mean of {', '.join(tasks)}, with its 95 % bootstrap "
         "interval; gap to no masking, p from a paired permutation test. Layers are "
         "counted from the last one; masked are those among them whose vision tokens are queries.",
         plot=Plot(

@@ -11,13 +11,22 @@ from typing import Any
 
 from proxyv.cli import CommandError
 from proxyv.config import ProxyVConfig
-from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, select
+from proxyv.eval.compare import same_questions
 from proxyv.eval.metrics import mean
 from proxyv.eval.statistics import Difference, average_interval, paired_difference
 from proxyv.eval.stored import StoredRun
 from proxyv.profiling.shapes import arm_name
 
-__all__ = ["RunScore", "difference", "model_config", "run_name", "score_run", "shared_tasks"]
+__all__ = [
+    "RunScore",
+    "difference",
+    "model_config",
+    "run_name",
+    "score_run",
+    "select_averaged",
+    "shared_tasks",
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def shared_tasks(runs: Sequence[StoredRun]) -> list[str]:
     """The scored tasks that all runs have, in the order of the first run.
 
     Raises:
-        CommandError: there is none.
+        CommandError: there is none, or runs were asked different questions.
     """
     tasks = [
         name
@@ -51,6 +60,12 @@ def shared_tasks(runs: Sequence[StoredRun]) -> list[str]:
     if not tasks:
         folders = ", ".join(str(run.folder) for run in runs)
         raise CommandError(f"these runs have no scored task in common: {folders}")
+    for run in runs[1:]:
+        for task in tasks:
+            if not same_questions(task, runs[0], run):
+                raise CommandError(
+                    f"{task}: {runs[0].folder} and {run.folder} were not asked the same questions"
+                )
     return tasks
 
 
@@ -63,15 +78,35 @@ def score_run(run: StoredRun, tasks: Sequence[str]) -> RunScore:
     parts: dict[str, Sequence[float]] = {}
     for task in tasks:
         benchmark = BENCHMARKS[task]
+        _check_share(benchmark)
         parts[task] = benchmark.scores(run.records[task])[benchmark.main_score].parts
-        if max(parts[task]) > 1:
-            raise CommandError(
-                f"{task}: {benchmark.main_score} is no share of right answers, so it cannot be "
-                "averaged with others; leave the task out"
-            )
     low, high = average_interval(list(parts.values()))
     values = {task: 100 * mean(own) for task, own in parts.items()}
     return RunScore(parts, values, mean(list(values.values())), (100 * low, 100 * high))
+
+
+def select_averaged(names: str) -> list[Benchmark]:
+    """The benchmarks that ``--tasks`` names.
+
+    Raises:
+        CommandError: an unknown one, or one whose score cannot be averaged with others.
+    """
+    chosen = select(names)
+    for benchmark in chosen:
+        if not benchmark.scored:
+            raise CommandError(
+                f"{benchmark.name}: its answers are known to a test server only; leave the task out"
+            )
+        _check_share(benchmark)
+    return chosen
+
+
+def _check_share(benchmark: Benchmark) -> None:
+    if not benchmark.is_share:
+        raise CommandError(
+            f"{benchmark.name}: {benchmark.main_score} is no share of right answers, so it cannot "
+            "be averaged with others; leave the task out"
+        )
 
 
 def difference(score: RunScore, base: RunScore) -> Difference:

@@ -93,6 +93,7 @@ class Benchmark(ABC):
         image_table: where the images are, None where each row has its own.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
+        is_share: whether that score is a share, which can be averaged with those of others.
         scored: whether the answers are known here, or only to a test server.
         needs_image_size: whether the references depend on it.
         group_size: number of rows that can only be scored together.
@@ -108,6 +109,7 @@ class Benchmark(ABC):
     image_table: ClassVar[ImageTable | None] = None
     max_new_tokens: ClassVar[int]
     main_score: ClassVar[str]
+    is_share: ClassVar[bool] = True
     scored: ClassVar[bool] = True
     needs_image_size: ClassVar[bool] = False
     group_size: ClassVar[int] = 1

@@ -43,6 +43,7 @@ class MME(Benchmark):
     columns = ("question_id", "image", "question", "answer", "category")
     max_new_tokens = 16
     main_score = "mme_perception_score"
+    is_share = False
     group_size = 2
     limit_note = "the score is a sum over the categories that are there"
 

@@ -1,0 +1,31 @@
+"""What the study's commands do with a report: its files, the console, and what it depends on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from proxyv.profiling.report import Report
+
+__all__ = ["publish"]
+
+BOOTSTRAP_SEED = 0  # the default of proxyv.eval.statistics
+
+
+def publish(report: Report, args: argparse.Namespace, folder: Path) -> None:
+    """Write a report to a folder with the options that it was made with, and print it.
+
+    Args:
+        report: whose intervals come from ``proxyv.eval.statistics``.
+        args: of the command; ``device`` names the one that was used, where there was any.
+        folder: for ``NAME.json``, ``NAME.md`` and ``NAME.png``.
+    """
+    options = json.loads(json.dumps(vars(args), default=str))
+    report.settings.update({"seed": BOOTSTRAP_SEED, **options})
+    report.save(folder)
+    report.print(args.json)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {folder / report.name}.json, .md and .png")
