@@ -32,7 +32,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of this code, with ``+changes`` where files differ; None outside a checkout."""
+    """Commit of this code, with ``+changes`` where files differ; None outside a checkout.
+
+    A copy of the code without its history says its commit in ``PROXYV_COMMIT``.
+    """
+    if "PROXYV_COMMIT" in os.environ:
+        return os.environ["PROXYV_COMMIT"]
     file = Path(__file__).resolve()
     folder = file.parent
     try:

@@ -114,6 +114,7 @@ def _line(limit: Limit, reports: dict[str, Any]) -> dict[str, Any]:
         "limit": limit.at_most,
         "spread %": _spread(rows[0]) if rows else None,
         "verdict": "not measured" if value is None else _verdict(value <= limit.at_most),
+        "made": _made(found),
     }
 
 
@@ -135,7 +136,15 @@ def _saved_lines(name: str, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "limit": -POINTS,
             "spread %": _spread(row),
             "verdict": _verdict(points >= -POINTS),
+            "made": _made(report),
         }
+
+
+def _made(report: dict[str, Any]) -> str:
+    """Day, commit and device of a report; not those of the table that collects it."""
+    device = report.get("hardware", {}).get("device", "")
+    commit = (report.get("commit") or "no commit")[:7]
+    return f"{report.get('date', '')[:10]} {commit} {device}".strip()
 
 
 def _spread(row: dict[str, Any]) -> float | None:

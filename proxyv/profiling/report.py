@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import resource
 import textwrap
 from dataclasses import asdict, dataclass, field
@@ -75,7 +76,10 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with what the numbers depend on."""
         device = torch.device(self.settings.get("device") or "cpu")
-        packages = ("torch", "transformers")
+        versions = {"python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        if device.type == "cuda":
+            versions["CUDA"] = str(torch.version.cuda)
         return {
             "name": self.name,
             "title": self.title,
@@ -84,7 +88,7 @@ class Report:
             "rows": self.rows,
             "plot": asdict(self.plot),
             "hardware": hardware(device),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions,
             "commit": git_commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
