@@ -130,7 +130,7 @@ def make_scene(
         _SHAPE_DRAWERS[shape](draw, box, COLOURS[colour])
         shapes.append(Thing(colour, shape, row, column, box))
     row, column = cells[count]
-    stretch = float(rng.uniform(0.85, 1.1)) if scattered else 1.0
+    stretch = float(rng.uniform(1.0, 1.1)) if scattered else 1.0
     sign_px = (0.3 * width * stretch, 0.16 * height / stretch)
     box = _cell_box(row, column, *sign_px, size_hw, rng if scattered else None)
     word = Words(rng, split).noun(SIGN_LETTERS)
