@@ -3,6 +3,7 @@
 # A run that was stopped goes on where it was. Arguments go to both backbones.
 #
 #   bash scripts/stage0.sh
+#   bash scripts/stage0.sh --device cuda --batch 256 --workers 14      the same on a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh

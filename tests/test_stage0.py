@@ -24,6 +24,7 @@ from proxyv.train.stage0.language import (
     GridReader,
     LanguageSettings,
     answer_weights,
+    scaled,
 )
 from proxyv.train.stage0.loop import (
     Optimisers,
@@ -206,8 +207,27 @@ def test_a_saved_backbone_can_be_trained_on(tmp_path: Path, backbone: str) -> No
         load_bf16(other, backbone, tmp_path / "out")
 
 
-def test_tower_and_language_model_take_a_step(tmp_path: Path) -> None:
-    small = {"ring": 4, "renew": 1, "workers": 0, "batch": 2, "held": 2}
+def test_several_workers_draw_what_one_would() -> None:
+    """The pages of a seed, each once; none is drawn twice and none is left out."""
+    mix, size = Mix(0, 1, 0), (168, 168)
+    alone, helped = PageRing(5, 7, mix, size), PageRing(5, 7, mix, size, workers=2)
+    for ring in (alone, helped):
+        ring.fill()
+    assert [page.caption for page in alone.pages] == [page.caption for page in helped.pages]
+    before = set(page.caption for page in helped.pages)
+    while helped.drawn < 19 or set(page.caption for page in helped.pages) & before:
+        helped.renew(2)
+    assert len(helped.pages) == 7
+
+
+def test_another_batch_keeps_the_proportions_of_the_phases() -> None:
+    sizes = [phase.batch for phase in scaled(CURRICULUM, 4 * CURRICULUM[-1].batch)]
+    assert sizes == [4 * phase.batch for phase in CURRICULUM]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tower_and_language_model_take_a_step(tmp_path: Path, device: str) -> None:
+    small = {"ring": 4, "renew": 1, "workers": 0, "batch": 2, "held": 2, "device": device}
     tower = ReadingTower(TowerSettings(tmp_path / "t", tmp_path / "to", **small))
     loss, numbers = tower.loss(0)
     loss.backward()

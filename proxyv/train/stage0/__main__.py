@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train the language model, then the vision tower of the tiny preset from "
         "scratch on the small world, then fit the projector between them. A run that was stopped "
         "goes on where it was.",
-        epilog="example: python -m proxyv.train.stage0 tower --run runs/tower --steps 9000",
+        epilog="examples:\n"
+        "  python -m proxyv.train.stage0 tower --run runs/tower --steps 9000\n"
+        "  python -m proxyv.train.stage0 tower --run runs/tower --device cuda --batch 256 "
+        "--workers 14",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("part", choices=("language", "tower", "projector"))
     parser.add_argument("--run", type=Path, required=True, help="folder for state and log")
@@ -30,17 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, help="folder of an earlier backbone to start from")
     parser.add_argument("--steps", type=int, help="default 8000, 9000 for the tower, 420 to fit")
     parser.add_argument("--seed", type=int, help="default 12, 11 for the tower, 29 for the rest")
+    parser.add_argument("--batch", type=int, help="pages of a step, default 12, 32 for the rest")
+    parser.add_argument("--device", help="of a backbone: cpu (default) or cuda")
+    parser.add_argument("--workers", type=int, help="processes that draw pages, default 1")
     parser.add_argument("--threads", type=int, help="torch threads, default all")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    given = {
-        k: v for k, v in vars(options).items() if k in ("steps", "seed", "init") and v is not None
-    }
+    passed = ("steps", "seed", "init", "batch", "device", "workers")
+    given = {k: v for k, v in vars(options).items() if k in passed and v is not None}
     tiny = Path("data/tiny")
     if options.part == "projector":
-        if options.init:
-            raise ValueError("--init is for a backbone; the projector is fitted anew in minutes")
+        if options.init or options.device:
+            raise ValueError(
+                "--init and --device are for backbones: the projector is fitted anew, in minutes"
+            )
         out = options.out or tiny / "projector.safetensors"
         train_projector(ProjectorSettings(run=options.run, out=out, **given))
     elif options.part == "tower":

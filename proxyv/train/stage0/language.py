@@ -97,6 +97,8 @@ class LanguageSettings:
     ring: int = 3000
     renew: int = 4
     workers: int = 1
+    device: str = "cpu"
+    batch: int | None = None  # pages of a step in the last phase, the others in proportion
     held: int = 64
     init: Path | None = None
     turns: int = 8
@@ -116,6 +118,7 @@ class GridReader(Trainee):
         self.language = LlamaForCausalLM(config)
         self.rows, self.columns = (side // PATCH_PX for side in PAGE_HW)
         self.table = PageTable(config.hidden_size, (self.rows, self.columns), PATCH_PX)
+        self.to(settings.device)
         self.rings = [
             PageRing(settings.seed, settings.ring, phase.mix, phase.size_hw, settings.workers)
             for phase in settings.phases
@@ -201,11 +204,12 @@ class GridReader(Trainee):
         ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
         pixels, slots, rows = self._batch(index, rng)
-        ids, labels = self._pad(rows)
+        ids, labels = (tensor.to(self.device) for tensor in self._pad(rows))
         patches = slots.shape[1]
         first_row = int(rng.integers(self.rows - patches // self.columns + 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            page = self.embed_page(torch.from_numpy(slots), to_tensor(pixels), first_row)
+        with self.autocast():
+            told = torch.from_numpy(slots).to(self.device)
+            page = self.embed_page(told, to_tensor(pixels, self.device), first_row)
             page = page + settings.noise * torch.randn_like(page)
             logits = self.logits(page, ids)
         said = labels != IGNORE_INDEX
@@ -223,8 +227,10 @@ class GridReader(Trainee):
             for image, glyphs, page in pages:
                 turns = [(q.text + prompt_suffix(page), q.answers[0]) for q in page.questions[:4]]
                 slots = patch_targets(glyphs, (self.rows, self.columns), PATCH_PX)
-                ids, labels = self._pad([self._tokens(turns, len(slots))])
-                one = self.embed_page(torch.from_numpy(slots[None]), to_tensor(image[None]))
+                padded = self._pad([self._tokens(turns, len(slots))])
+                ids, labels = (tensor.to(self.device) for tensor in padded)
+                told = torch.from_numpy(slots[None]).to(self.device)
+                one = self.embed_page(told, to_tensor(image[None], self.device))
                 logits = self.logits(one, ids)
                 said = labels[0] != IGNORE_INDEX
                 good = (logits.argmax(-1) == labels)[0]
@@ -246,17 +252,25 @@ def answer_weights(labels: Tensor) -> Tensor:
     Else a page copied in whole would count as much as fifty answers of one word.
     """
     weights = torch.zeros(labels.shape)
-    for row, said in enumerate((labels != IGNORE_INDEX).numpy()):
+    for row, said in enumerate((labels != IGNORE_INDEX).cpu().numpy()):
         edges = np.flatnonzero(np.diff(said.astype(np.int8), prepend=0, append=0))
         for start, stop in edges.reshape(-1, 2):
             weights[row, start:stop] = (stop - start) ** -0.5
-    return weights
+    return weights.to(labels.device)
+
+
+def scaled(phases: tuple[Phase, ...], batch: int) -> tuple[Phase, ...]:
+    """The same phases with ``batch`` pages a step in the last, the others in proportion."""
+    share = batch / phases[-1].batch
+    return tuple(replace(phase, batch=max(1, round(share * phase.batch))) for phase in phases)
 
 
 def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     if settings.init:
         settings = replace(settings, phases=settings.phases[-1:])  # it knows how to find and copy
+    if settings.batch is not None:
+        settings = replace(settings, phases=scaled(settings.phases, settings.batch))
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)

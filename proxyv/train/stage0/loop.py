@@ -67,6 +67,15 @@ class Optimisers:
 class Trainee(nn.Module):
     """What ``run_loop`` trains: a module with a loss and a measure."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """Products in bfloat16."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of the step's batch, and numbers worth logging."""
         raise NotImplementedError
@@ -96,7 +105,7 @@ def run_loop(
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
     step, spent = 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=trainee.device)
         trainee.load_state_dict(state["trainee"])
         for part, saved in zip(optimisers.parts, state["optimisers"], strict=True):
             part.load_state_dict(saved)

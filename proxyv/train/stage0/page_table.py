@@ -75,8 +75,9 @@ class PageTable(nn.Module):
         Returns:
             (B, N, width).
         """
-        rows = torch.arange(first_row, first_row + slots.shape[1] // self.columns)
-        offsets = torch.arange(SLOTS) * (len(ALPHABET) + 1)
+        last_row = first_row + slots.shape[1] // self.columns
+        rows = torch.arange(first_row, last_row, device=slots.device)
+        offsets = torch.arange(SLOTS, device=slots.device) * (len(ALPHABET) + 1)
         written = self.slots(slots + offsets) * (slots != BLANK).unsqueeze(-1)
         places = self.row_places(rows)[:, None] + self.column_places.weight  # (rows, columns, D)
         colours = colour_cells(images, self.patch_px)

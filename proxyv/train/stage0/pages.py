@@ -8,7 +8,7 @@ may stretch and slant it, which makes new typefaces of the few that there are, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -37,7 +37,8 @@ class PageRing:
         capacity: pages held at a time.
         mix: what kinds of page, in what shares.
         size_hw: height and width of a page in pixels.
-        workers: processes that draw pages beside the training (0: none, draw in place).
+        workers: processes that draw pages beside the training (0: none, draw in place); with
+            more than one, each draws as many a step.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class PageRing:
         self.drawn = 0
         self.pages: list[Page] = []
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self.workers = workers
         self._pool = ProcessPoolExecutor(workers) if workers else None
-        self._pending: list = []
+        self._pending: list[Future[list[Page]]] = []
 
     def _seeds(self, count: int) -> list[tuple[int, ...]]:
         seeds: list[tuple[int, ...]] = [(self.seed, self.drawn + i) for i in range(count)]
@@ -71,19 +73,28 @@ class PageRing:
     def fill(self) -> None:
         """Draw pages to begin with; ``renew`` adds more until the ring is full."""
         missing = min(self.capacity, START_PAGES) - len(self.pages)
-        self._store(_draw_many(self._seeds(missing), "train", self.mix, self.size_hw))
+        if self.workers < 2:  # one would only take turns with the caller
+            self._store(_draw_many(self._seeds(missing), "train", self.mix, self.size_hw))
+            return
+        each = -(-missing // self.workers)
+        for job in [self._draw(min(each, missing - n)) for n in range(0, missing, each)]:
+            self._store(job.result())
 
     def renew(self, count: int) -> None:
         """Add pages, then replace the oldest; a worker's arrive when they are ready."""
         if self._pool is None:
             self._store(_draw_many(self._seeds(count), "train", self.mix, self.size_hw))
             return
-        if len(self._pending) < 4:
-            seeds = self._seeds(count)
-            job = self._pool.submit(_draw_many, seeds, "train", self.mix, self.size_hw)
-            self._pending.append(job)
-        if self._pending[0].done():
-            self._store(self._pending.pop(0).result())
+        for _ in range(self.workers):
+            if len(self._pending) < 4 * self.workers:
+                self._pending.append(self._draw(count))
+            if self._pending[0].done():
+                self._store(self._pending.pop(0).result())
+
+    def _draw(self, count: int) -> Future[list[Page]]:
+        """Let a worker draw so many pages."""
+        assert self._pool is not None, "nobody draws beside the training"
+        return self._pool.submit(_draw_many, self._seeds(count), "train", self.mix, self.size_hw)
 
     def batch(
         self,

@@ -70,7 +70,7 @@ class PageProjector(Trainee):
     def unexplained(self, images: Tensor, slots: Tensor) -> Tensor:
         """Share of the page embedding's variance that the projector misses."""
         tower = self.frozen[0]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), self.autocast():
             features = tower.features(images)
         wanted = tower.target[0](slots, images)
         return F.mse_loss(self(features.float()), wanted) / wanted.var(dim=(0, 1)).mean()

@@ -81,6 +81,6 @@ def colour_cells(images: Tensor, patch_px: int) -> Tensor:
     return cells.reshape(B, rows * columns, 3 * CELLS * CELLS) * 2 - 1
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
+def to_tensor(images: np.ndarray, device: torch.device | None = None) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float in [0, 1]."""
-    return torch.tensor(images).permute(0, 3, 1, 2).float() / 255
+    return torch.tensor(images, device=device).permute(0, 3, 1, 2).float() / 255

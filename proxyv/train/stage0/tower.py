@@ -68,6 +68,7 @@ class TowerSettings:
     ring: int = 6000
     renew: int = 5
     workers: int = 1
+    device: str = "cpu"
     held: int = 96
     init: Path | None = None
     language: Path = Path("data/tiny/language")
@@ -97,8 +98,10 @@ class ReadingTower(Trainee):
         self.paint = nn.Linear(config.hidden_size, 3 * CELLS * CELLS)
         self.place = nn.Linear(config.hidden_size, 2 * GRID)  # row and column of the patch
         table = PageTable.of_language(settings.language, (GRID, GRID), PATCH_PX)
-        self.target = (table,)  # in a tuple it is no part of what is trained and saved
+        # In a tuple it is no part of what is trained and saved.
+        self.target = (table.to(settings.device),)
         self.embed = nn.Linear(config.hidden_size, len(table.newline))
+        self.to(settings.device)
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
         kinds = {"documents": Mix(0, 1, 0), "charts": Mix(0, 0, 1)}
         self.held = {
@@ -127,8 +130,9 @@ class ReadingTower(Trainee):
         pixels, slots, _ = self.ring.batch(
             rng, settings.batch, PATCH_PX, 7, settings.stretch, settings.tint
         )
-        images, target = to_tensor(pixels), torch.from_numpy(slots)
-        with torch.autocast("cpu", torch.bfloat16):
+        images = to_tensor(pixels, self.device)
+        target = torch.from_numpy(slots).to(self.device)
+        with self.autocast():
             features = self.features(images)
             logits, normed = self.letters(features), self.norm(features)
             cells, places = self.paint(normed), self.place(normed)
@@ -136,7 +140,7 @@ class ReadingTower(Trainee):
         inked = target != BLANK
         reading = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="sum")
         painting = F.mse_loss(cells.float(), colour_cells(images, PATCH_PX))
-        here = torch.arange(GRID * GRID)
+        here = torch.arange(GRID * GRID, device=self.device)
         where = torch.stack([here // GRID, here % GRID], dim=1).expand(len(images), -1, -1)
         placing = F.cross_entropy(places.reshape(-1, GRID).float(), where.flatten())
         wanted = self.target[0](target, images)
@@ -164,8 +168,8 @@ class ReadingTower(Trainee):
                     np.stack(
                         [patch_targets(glyphs, (GRID, GRID), PATCH_PX) for _, glyphs, _ in part]
                     )
-                )
-                images = to_tensor(np.stack([image for image, _, _ in part]))
+                ).to(self.device)
+                images = to_tensor(np.stack([image for image, _, _ in part]), self.device)
                 logits = self.letters(self.features(images))
                 inked = target != BLANK
                 hits += int((logits.argmax(-1) == target)[inked].sum())
