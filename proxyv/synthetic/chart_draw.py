@@ -54,10 +54,12 @@ def _write_value(
 def _draw_title(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
     face = style.title_face
     row = 1.45 * face.em
-    if style.title == "bottom":
-        sheet.write(
-            chart.title, (area.left + area.right) / 2, area.bottom - row / 2, face, style.ink
-        )
+    if style.title in ("bottom", "foot"):
+        centre, low = (area.left + area.right) / 2, area.bottom - row / 2
+        if style.title == "foot":
+            sheet.write(chart.title, area.left, low, face, style.ink, "left")
+        else:
+            sheet.write(chart.title, centre, low, face, style.ink)
         return replace(area, bottom=area.bottom - row - 1)
     middle, color = area.top + row / 2, style.ink
     if style.title == "band":
@@ -83,14 +85,16 @@ def _draw_legend(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
         box = Box(left, middle - key / 2, left + key, middle + key / 2)
         sheet.rectangle(box, fill, style.edge, line=0.6)
 
-    if style.legend == "right":
+    if style.legend in ("right", "side"):
         width = key + 4 + max(face.width(name) for name in chart.series)
-        left = area.right - width
+        left = area.right - width if style.legend == "right" else area.left
         middle = (area.top + area.bottom - row * len(pairs)) / 2
         for name, (_, fill) in pairs:
             swatch(left, middle, fill)
             sheet.write(name, left + key + 3, middle, face, style.ink, "left")
             middle += row
+        if style.legend == "side":
+            return replace(area, left=left + width + 4)
         return replace(area, right=left - 4)
     widths = [key + 3 + face.width(name) for name in chart.series]
     gap = min(10.0, (area.width - sum(widths)) / max(1, len(pairs)))

@@ -15,8 +15,8 @@ from proxyv.synthetic.page import Split
 __all__ = ["LOOKS", "PALETTES", "Looks", "Style", "draw_style"]
 
 T = TypeVar("T")
-TitlePlace = Literal["center", "left", "right", "bottom", "band"]
-LegendPlace = Literal["top", "bottom", "right", "framed"]
+TitlePlace = Literal["center", "left", "right", "bottom", "band", "foot"]
+LegendPlace = Literal["top", "bottom", "right", "framed", "side"]
 
 PALETTES: dict[Split, dict[str, dict[str, str]]] = {
     "train": {
@@ -70,8 +70,8 @@ LOOKS: dict[Split, Looks] = {
     "train": Looks(
         papers=(("#ffffff", "#ffffff"), ("#ffffff", "#f2f2f2"), ("#f7f7f7", "#ffffff")),
         inks=("#000000", "#222222", "#333344"),
-        titles=("center", "left"),
-        legends=("top", "bottom"),
+        titles=("center", "left", "foot"),
+        legends=("top", "bottom", "side"),
         spines=("lb", "lbrt", "b"),
         grids=("-", "--", ""),
         grid_colors=("#c8c8c8", "#d8d8d8", "#b4b4b4"),
