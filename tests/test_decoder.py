@@ -12,12 +12,12 @@ from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
-from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import (
     ProxyVLlamaDecoderLayer,
     ProxyVLlamaModel,
     build_language_model,
 )
+from proxyv.model.streams import DecoderOptions
 
 
 class LargestMask(TorchDispatchMode):

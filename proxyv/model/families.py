@@ -25,8 +25,9 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils.output_capturing import OutputRecorder
 
-from proxyv.model.decoder import DecoderOptions, ProxyVLayerMixin, WeightsTap
+from proxyv.model.decoder import ProxyVLayerMixin
 from proxyv.model.language import ProxyVTextMixin
+from proxyv.model.streams import DecoderOptions, WeightsTap
 
 __all__ = [
     "FAMILIES",

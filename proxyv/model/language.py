@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from proxyv.model.decoder import DecoderOptions, Streams
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.linear import FreshLinear
 from proxyv.model.masks import (
@@ -27,6 +26,7 @@ from proxyv.model.masks import (
 from proxyv.model.proxies import ProxyInitializer
 from proxyv.model.reduced import prompt_rows, refuse_unsuited
 from proxyv.model.skipping import layer_that_skips
+from proxyv.model.streams import DecoderOptions, Streams
 from proxyv.model.window import Window, past_length, plain_rows, remember_full_rows
 from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.prompt import ProxyLayers

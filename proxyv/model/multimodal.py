@@ -24,12 +24,12 @@ from transformers.utils import can_return_tuple
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.crops import ImageGrid
-from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.image_spans import find_images
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.layout_builder import build_layout
 from proxyv.model.parts import parameter_part
+from proxyv.model.streams import DecoderOptions
 from proxyv.model.vision import FEATURE_OPTIONS, ImageFeaturesMixin, build_projector
 from proxyv.model.window import real_rows
 from proxyv.reduction.base import DecoderReduction

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from proxyv.model.decoder import DecoderOptions, ProxyVLayerMixin, Streams
+from proxyv.model.decoder import ProxyVLayerMixin
 from proxyv.model.linear import FreshLinear
+from proxyv.model.streams import DecoderOptions, Streams
 
 __all__ = ["LightMLP", "SkipAttentionMixin", "SkipLayerMixin", "layer_that_skips"]
 

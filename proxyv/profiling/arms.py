@@ -20,11 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.crops import ImageGrid
-from proxyv.model.decoder import DecoderOptions
 from proxyv.model.families import build_language_model
 from proxyv.model.flops import RowTokens
 from proxyv.model.image_spans import ImageSpan
 from proxyv.model.layout_builder import build_layout
+from proxyv.model.streams import DecoderOptions
 from proxyv.profiling.shapes import arm_name, further_arms, image_decides, with_start
 from proxyv.reduction.base import DecoderReduction
 

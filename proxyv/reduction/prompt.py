@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from proxyv.model.decoder import Streams
 from proxyv.model.layout import CropGroup, SequenceLayout, take_rows
+from proxyv.model.streams import Streams
 from proxyv.reduction.attention import decoder_heads
 from proxyv.reduction.base import DecoderReduction
 from proxyv.reduction.rows import Rows, select
