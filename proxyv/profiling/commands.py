@@ -14,8 +14,9 @@ from proxyv.profiling.arms import Arm, Inputs, make_inputs
 from proxyv.profiling.breakdown import PARTS, breakdown
 from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
+from proxyv.profiling.notes import methods_note, setting_of, shape_of, times_note, training_note
 from proxyv.profiling.report import Plot, Report
-from proxyv.profiling.shapes import check_kept, describe_methods
+from proxyv.profiling.shapes import check_kept
 
 __all__ = [
     "OPERATIONS",
@@ -95,11 +96,11 @@ def latency_report(
     }
     return Report(
         name="latency",
-        title=f"Latency: {_describe(arms[0], inputs[arms[0].name])}",
+        title=f"Latency: {setting_of(arms[0], inputs[arms[0].name])}",
         rows=rows,
-        notes=_about(arms, row)
+        notes=times_note(arms, row)
         + (f" Answer: prefill and {tokens} tokens." if "answer" in measured else "")
-        + (_training_note(checkpointing) if "training step" in measured else ""),
+        + (training_note(checkpointing) if "training step" in measured else ""),
         plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
     )
 
@@ -138,12 +139,12 @@ def memory_report(
     done = [name for name in ("prefill", "training") if f"{name} ratio" in rows[0]]
     return Report(
         name="memory",
-        title=f"Memory: {_describe(arms[0], inputs[arms[0].name])}",
+        title=f"Memory: {setting_of(arms[0], inputs[arms[0].name])}",
         rows=rows,
         notes="Weights: with what is folded from them for inference. Peak above weights; prefill "
         "includes the cache, training the gradients"
         + (", with gradient checkpointing." if checkpointing else ".")
-        + _methods_note(arms, row),
+        + methods_note(arms, row),
         plot=Plot(
             x=done,
             series={line["arm"]: [line[f"{name} peak MiB"] for name in done] for line in rows},
@@ -196,9 +197,10 @@ def scaling_report(
     }
     return Report(
         name="scaling",
-        title=f"Prefill by crops and text: {_shape(arms[0])}",
+        title=f"Prefill by crops and text: {shape_of(arms[0])}",
         rows=lines,
-        notes=_about(arms, rows[0]) + (" Peak above weights, cache included." if memory else ""),
+        notes=times_note(arms, rows[0])
+        + (" Peak above weights, cache included." if memory else ""),
         plot=Plot(
             list(dict.fromkeys(row.crops for row in rows)),
             series,
@@ -232,7 +234,7 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
         rows.append({"arm": name, "layer": layer, **timed, **shares})
     return Report(
         name="breakdown",
-        title=f"A layer in a prefill: {_describe(arms[0], inputs[arms[0].name])}",
+        title=f"A layer in a prefill: {setting_of(arms[0], inputs[arms[0].name])}",
         rows=rows,
         notes="Mean layer, median of the repeats; of ProxyV arms the ProxyV layers but the last. "
         "Rest: rotary positions, cache, splitting and joining, additions; an ordinary layer's "
@@ -243,34 +245,6 @@ def breakdown_report(arms: Sequence[Arm], row: RowTokens, batch: int, repeats: i
             y_label="ms of a layer",
             stacked=True,
         ),
-    )
-
-
-def _about(arms: Sequence[Arm], row: RowTokens) -> str:
-    """The note below every table of times."""
-    return (
-        "Decoder only; the baseline is the stock class. Spread: distance of the quartiles, of the "
-        "extremes below four rounds. Time ratio: median of the rounds' ratios. FLOPs as run."
-    ) + _methods_note(arms, row)
-
-
-def _methods_note(arms: Sequence[Arm], row: RowTokens) -> str:
-    found = [arm.config.reduction for arm in arms if arm.config.reduction is not None]
-    methods = [method for place, method in enumerate(found) if method not in found[:place]]
-    if not methods:
-        return ""
-    return describe_methods(methods, row.kept) + (
-        " What a method computes at the tower, and what it spares there, is not timed; what it "
-        "computes inside the decoder is. The rows are random, so the crops lose unevenly, and "
-        "ProxyV layers pad them to the longest."
-    )
-
-
-def _training_note(checkpointing: bool) -> str:
-    how = "with gradient checkpointing" if checkpointing else "without checkpointing"
-    return (
-        f" Training: forward and backward of all weights, {how}; its FLOPs are taken as "
-        f"{4 if checkpointing else 3} forward passes."
     )
 
 
@@ -347,18 +321,3 @@ def _timed_rows(
             }
         )
     return lines
-
-
-def _shape(arm: Arm) -> str:
-    text = arm.model.config
-    dtype = str(next(arm.model.parameters()).dtype).removeprefix("torch.")
-    return (
-        f"{text.num_hidden_layers} layers, D {text.hidden_size}, {text._attn_implementation}, "
-        f"{dtype}"
-    )
-
-
-def _describe(arm: Arm, inputs: Inputs) -> str:
-    row, batch = inputs.row, inputs.rows.shape[0]
-    rows = f"{row.crops} crops + {row.text} text tokens"
-    return f"{_shape(arm)}, {rows} = {inputs.rows.shape[1]} rows, batch {batch}"
