@@ -4,7 +4,7 @@
 #   bash scripts/benchmark.sh                 quick, large and rest: about 40 minutes on two CPU cores
 #   bash scripts/benchmark.sh quick           prefill, training, decode, memory: about 8 minutes
 #   bash scripts/benchmark.sh large           a prefill of 40 crops: about 9 minutes
-#   bash scripts/benchmark.sh rest            flops, answer, breakdown, levers, scaling by crops and by
+#   bash scripts/benchmark.sh rest            flops, answer, breakdown, levers, loss, scaling by crops and by
 #                                             text, training with checkpointing, token reduction
 #   bash scripts/benchmark.sh gpu             Vicuna-7B, Llama3-8B, Qwen2-7B shapes, random bf16 weights
 #   AGAIN=1 bash scripts/benchmark.sh prefill measured again; otherwise a part that is done is left
@@ -97,7 +97,7 @@ set_methods() {
 part() {
     case $1 in
     quick) for name in prefill training decode memory; do part $name; done ;;
-    rest) for name in flops answer breakdown levers checkpointing text scaling reduction; do part $name; done ;;
+    rest) for name in flops answer breakdown levers loss checkpointing text scaling reduction; do part $name; done ;;
     prefill) cpu prefill latency "${rows[@]}" --operations prefill --repeats "${REPEATS:-7}" ;;
     decode) cpu decode latency "${rows[@]}" --operations decode --repeats "${REPEATS:-7}" ;;
     training) cpu training latency "${rows[@]}" --operations training --repeats "${LARGE_REPEATS:-3}" ;;
@@ -109,6 +109,7 @@ part() {
         --repeats "${LARGE_REPEATS:-3}" ;;
     levers) STARTS=$start cpu levers levers "${rows[@]}" --repeats "${LARGE_REPEATS:-5}" ;;
     text) cpu text scaling --crops "${CROPS:-5}" --text-lengths 50,500,2000 --repeats "${LARGE_REPEATS:-3}" ;;
+    loss) cpu loss loss "${rows[@]}" --repeats "${LARGE_REPEATS:-5}" ;;
     large) cpu large scaling --crops "${LARGE:-40}" --text-lengths "${TEXT:-50}" --warmup 0 --no-memory \
         --repeats "${LARGE_REPEATS:-2}" ;;
     flops)
@@ -123,7 +124,7 @@ part() {
         STARTS=$start cpu reduction-memory memory "${rows[@]}" "${methods[@]}" --operations prefill
         ;;
     gpu) gpu_tables ;;
-    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown, levers, checkpointing, text, scaling or reduction" ;;
+    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown, levers, loss, checkpointing, text, scaling or reduction" ;;
     esac
 }
 

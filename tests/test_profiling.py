@@ -10,11 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proxyv.cli import run_command
 from proxyv.model.flops import RowTokens
+from proxyv.model.head import LanguageHead
 from proxyv.profiling.__main__ import main
 from proxyv.profiling.arms import build_arms, make_inputs
 from proxyv.profiling.breakdown import PARTS, breakdown
 from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.levers import LEVERS
+from proxyv.profiling.loss import all_rows_loss, supervised_loss
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
 from proxyv.profiling.shapes import from_shape
 
@@ -118,7 +120,7 @@ def test_breakdown_leaves_no_trace(arms):
 
 @pytest.mark.parametrize(
     ("command", "rows"),
-    [("flops", 3), ("latency", 12), ("memory", 3), ("scaling", 12), ("breakdown", 3)],
+    [("flops", 3), ("latency", 12), ("memory", 3), ("scaling", 12), ("breakdown", 3), ("loss", 2)],
 )
 def test_every_command_writes_table_json_and_plot(command, rows, tmp_path, capsys):
     options = {
@@ -126,6 +128,7 @@ def test_every_command_writes_table_json_and_plot(command, rows, tmp_path, capsy
         "memory": ["--crops", "1", "--text", "6", "--checkpointing"],
         "scaling": ["--crops", "0,2", "--text-lengths", "3,5", "--repeats", "1"],
         "breakdown": ["--crops", "1", "--text", "6", "--repeats", "1"],
+        "loss": ["--crops", "1", "--text", "6", "--repeats", "1"],
     }
     given = [command, "--shape", SHAPE, "--start-layers", "2,1", "--output", str(tmp_path)]
     if command != "flops":
@@ -154,6 +157,21 @@ def test_a_prefill_without_a_lever_computes_the_same(name):
         torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-6)
     update = arm.model.layers[1].guided_update
     assert type(update).__name__ == "GuidedUpdate" and update.fused_input is not None
+
+
+def test_the_loss_is_the_same_either_way():
+    torch.manual_seed(0)
+    head, hidden = LanguageHead(8, 30), torch.randn(2, 9, 8, requires_grad=True)
+    labels = torch.randint(30, (2, 9))
+    labels[:, :5] = -100
+    found = []
+    for loss in (all_rows_loss, supervised_loss):
+        head.weight.grad = hidden.grad = None
+        value = loss(head, hidden, labels)
+        value.backward()
+        found.append((value.detach(), head.weight.grad, hidden.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_levers_are_a_table(capsys):

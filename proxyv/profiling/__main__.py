@@ -26,6 +26,7 @@ from proxyv.profiling.commands import (
 from proxyv.profiling.costs import flops_report
 from proxyv.profiling.levers import levers_report
 from proxyv.profiling.limits import limits_report
+from proxyv.profiling.loss import loss_report
 from proxyv.profiling.paper import PAPER
 from proxyv.profiling.report import Report
 from proxyv.profiling.shapes import from_preset, from_shape, start_layers, with_start
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "scaling": "prefill by number of crops and text tokens",
         "breakdown": "share of time of each part of a layer",
         "levers": "a prefill without each of the ways in which time is saved",
+        "loss": "the loss of a training step, by all logits and by those of supervised rows",
         "limits": "what was measured, against what it should be",
     }
     for name, text in helps.items():
@@ -94,7 +96,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         add("--crops", type=int, default=5, help="default: 5")
         add("--text", type=int, default=50, help="text tokens (default: 50)")
     add("--attn", choices=_ATTENTION, default="sdpa", help="of all arms (default: sdpa)")
-    if command not in ("breakdown", "levers"):
+    if command not in ("breakdown", "levers", "loss"):
         add("--reduction", action="append", default=[], help=f"also models with {HELP}; repeatable")
         add("--kept", type=int, help="tokens of a crop that prumerge leaves")
     if command == "flops":
@@ -172,6 +174,10 @@ def _measure(args: argparse.Namespace) -> Report:
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     config = with_start(config, None, **_options(args))
+    if args.command == "loss":
+        torch.manual_seed(args.seed)
+        row, device = RowTokens(args.crops, args.text), torch.device(args.device)
+        return loss_report(config, row, args.batch, args.repeats, _DTYPES[args.dtype], device)
     operations = _operations(args) if args.command in ("latency", "memory") else []
     torch.manual_seed(args.seed)
     dtype, skips = _DTYPES[args.dtype], _skips(args.skip)
