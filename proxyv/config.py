@@ -30,6 +30,7 @@ SKIPS = ("atn", "atn_ffn")
 PROXY_KINDS = ("spatial", "learned")
 DOWNSAMPLE_MODES = ("bilinear", "average")
 LAYOUTS = ("natural", "released")
+PROXY_POSITIONS = ("consecutive", "block")
 PACKINGS = ("crops", "llava_next")
 
 
@@ -49,6 +50,9 @@ class ProxyVConfig(LlavaNextConfig):
         learned_proxies: proxies of each crop where they are learned; None for s * s // r**2.
         downsample: "bilinear" (no antialiasing: what the released weights expect) or "average"
             (mean of each r x r block).
+        proxy_positions: rotary positions of proxies; "consecutive" counts on from their image's
+            first token, as the paper does, "block" gives a spatial proxy that of the middle token
+            of the block it stands for. What proxies see is the same.
         layout: "natural" (each newline follows its crop) or "released" (positions of the released
             weights, where the newline of every crop but the first sits one crop early).
         guided_ratio: hidden width of the guided update as a share of the model width; None takes
@@ -81,6 +85,7 @@ class ProxyVConfig(LlavaNextConfig):
     proxy_kind: str = "spatial"
     learned_proxies: int | None = None
     downsample: str = "bilinear"
+    proxy_positions: str = "consecutive"
     layout: str = "natural"
     guided_ratio: float | None = None
     packing: str = "crops"
@@ -145,6 +150,11 @@ class ProxyVConfig(LlavaNextConfig):
         return self.crop_tokens // self.side_reduction**2
 
     @property
+    def proxy_block(self) -> int | None:
+        """Side of the blocks in whose middles proxies sit; None where their positions count on."""
+        return self.side_reduction if self.proxy_positions == "block" else None
+
+    @property
     def guided_width(self) -> int:
         """Hidden width h of the guided update, or of the MLP of ``skip="atn_ffn"``."""
         width = self.text_config.hidden_size
@@ -162,6 +172,7 @@ class ProxyVConfig(LlavaNextConfig):
             require_one_of("skip", self.skip, SKIPS)
         require_one_of("proxy_kind", self.proxy_kind, PROXY_KINDS)
         require_one_of("downsample", self.downsample, DOWNSAMPLE_MODES)
+        require_one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         require_one_of("layout", self.layout, LAYOUTS)
         require_one_of("packing", self.packing, PACKINGS)
         if not _is_int(self.side_reduction) or self.side_reduction < 1:
@@ -258,6 +269,11 @@ class ProxyVConfig(LlavaNextConfig):
         count = self.learned_proxies
         if count is not None and (not _is_int(count) or count < 1):
             raise ValueError(f"learned_proxies must be a positive integer or null, got {count!r}")
+        if self.proxy_positions == "block" and self.proxy_kind != "spatial":
+            raise ValueError(
+                f"proxy_positions='block' needs proxy_kind 'spatial', but it is "
+                f"{self.proxy_kind!r}: learned proxies stand for no block, use 'consecutive'"
+            )
         if count is not None and self.proxy_kind != "learned":
             raise ValueError(
                 f"learned_proxies={count} needs proxy_kind 'learned', but it is "
@@ -276,6 +292,7 @@ OPTIONS = (
     "proxy_kind",
     "learned_proxies",
     "downsample",
+    "proxy_positions",
     "layout",
     "guided_ratio",
     "packing",

@@ -19,11 +19,15 @@ from torch import Tensor
 
 @dataclass
 class Token:
-    """One row: "full", "proxy", "newline" or "text", its position, and a proxy's image."""
+    """One row: "full", "proxy", "newline" or "text", its position, and a proxy's image.
+
+    ``turn`` is the position that turns queries and keys, where it is another one.
+    """
 
     kind: str
     position: int
     image: int = -1
+    turn: int | None = None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,7 +152,7 @@ class Oracle:
         q, k, v = self.project(index, x)
         width = q.shape[-1]
         turn = self.text.rope_parameters
-        positions = [token.position for token in tokens]
+        positions = [token.position if token.turn is None else token.turn for token in tokens]
         share = turn.get("partial_rotary_factor", 1.0)
         q, k = (rope(rows, positions, turn["rope_theta"], share) for rows in (q, k))
         rows = []
@@ -186,6 +190,15 @@ class Oracle:
         else:
             small = F.interpolate(grid, scale_factor=1 / r, mode="bilinear", align_corners=False)
         return small.permute(0, 2, 3, 1).reshape(-1, image.shape[-1])
+
+    def turn(self, first: int, number: int, per_crop: int) -> int | None:
+        """Rotary position of a proxy where it is not its place in the order."""
+        if self.config.proxy_positions == "consecutive":
+            return None
+        r, side = self.config.side_reduction, math.isqrt(per_crop)
+        crop, place = divmod(number, (side // r) ** 2)
+        y, x = divmod(place, side // r)
+        return first + crop * (per_crop + 1) + (y * r + r // 2) * side + x * r + r // 2
 
     def learn_proxies(self, index: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """(C, n, D) -> proxies (C*m, D) and each token's shares of its crop's (C*n, m)."""
@@ -287,8 +300,10 @@ class Oracle:
                 made.append((self.make_proxies(image), None))
         proxies = [rows for rows, _ in made]
         proxy_tokens = [
-            Token("proxy", first + number, which)
-            for which, (first, rows) in enumerate(zip(starts, proxies, strict=True))
+            Token("proxy", first + number, which, self.turn(first, number, per_crop))
+            for which, (first, rows, (_, per_crop)) in enumerate(
+                zip(starts, proxies, shapes, strict=True)
+            )
             for number in range(len(rows))
         ]
         for index in range(start, self.text.num_hidden_layers):

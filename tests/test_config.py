@@ -38,6 +38,11 @@ def test_guided_width(width: int, ratio: float | None, expected: int) -> None:
         ({"learned_proxies": 3}, ["learned_proxies=3", "proxy_kind 'learned'", "'spatial'"]),
         ({"proxy_kind": "learned", "learned_proxies": 0}, ["learned_proxies", "positive", "0"]),
         ({"proxy_kind": "learned", "side_reduction": 5}, ["side_reduction=5", "at most 4"]),
+        ({"proxy_positions": "centre"}, ["proxy_positions='centre'", "consecutive, block"]),
+        (
+            {"proxy_positions": "block", "proxy_kind": "learned"},
+            ["proxy_positions='block'", "use 'consecutive'"],
+        ),
         ({"downsample": "nearest"}, ["downsample='nearest'", "bilinear, average"]),
         ({"layout": "old"}, ["layout='old'", "natural, released"]),
         ({"packing": "tight"}, ["packing='tight'", "crops"]),

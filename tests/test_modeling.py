@@ -50,7 +50,8 @@ options = st.fixed_dictionaries(
         "side_and_reduction": st.sampled_from(
             [(4, 1), (4, 2), (4, 4), (3, 1), (3, 3), (6, 2), (6, 3), (6, 6)]
         ),
-        "kind": st.sampled_from(["bilinear", "average", 1, 3]),  # or so many learned proxies
+        # The last two are numbers of learned proxies.
+        "kind": st.sampled_from(["bilinear", "average", "block", 1, 3]),
         "layout": st.sampled_from(["natural", "released"]),
         "guided_ratio": st.sampled_from([None, 0.25]),
         "attention": st.sampled_from(["eager", "sdpa"]),
@@ -64,13 +65,18 @@ def drawn_model(chosen):
     """The random model that a draw of ``options`` describes."""
     depth, kind = chosen["depth"], chosen["kind"]
     side, reduction = chosen["side_and_reduction"]
-    learned = {"proxy_kind": "learned", "learned_proxies": kind}
+    if kind == "block":
+        how = {"proxy_positions": kind}
+    elif isinstance(kind, str):
+        how = {"downsample": kind}
+    else:
+        how = {"proxy_kind": "learned", "learned_proxies": kind}
     model = tiny_model(
         text={"num_hidden_layers": depth, "model_type": chosen["family"], **TEXT[chosen["family"]]},
         vision={"image_size": 4 * side},
         start_layer=None if chosen["start"] < 0 else chosen["start"] % depth,
         side_reduction=reduction,
-        **({"downsample": kind} if isinstance(kind, str) else learned),
+        **how,
         **{name: chosen[name] for name in ("layout", "guided_ratio", "attention", "seed")},
     )
     if chosen["attention"] == "sdpa":  # eager's softmax is float32, whatever goes into it

@@ -66,7 +66,8 @@ class SequenceLayout:
         light_valid: (B, L) False where an entry is padding.
         proxy_anchor: (B, P) natural row of the first row of the proxy's image.
         anchor_slot: (B, P) slot of the first full token of the proxy's image.
-        proxy_offset: (B, P) rank of the proxy within its image.
+        proxy_rank: (B, P) rank of the proxy within its image; its slot counts on by it.
+        proxy_offset: (B, P) rotary position of the proxy, from that of its image's first row.
         proxy_valid: (B, P) False where an entry is padding.
         slots: (B, S) order used for visibility; a token sees what has a slot not above its own.
         position_shift: (B, S) what the layout adds to each natural position (0 or negative).
@@ -86,6 +87,7 @@ class SequenceLayout:
     light_valid: Tensor
     proxy_anchor: Tensor
     anchor_slot: Tensor
+    proxy_rank: Tensor
     proxy_offset: Tensor
     proxy_valid: Tensor
     slots: Tensor
@@ -129,7 +131,7 @@ class SequenceLayout:
 
     def proxy_slots(self) -> Tensor:
         """(B, P) slots of the proxies: consecutive from the slot of their image's first token."""
-        return self.anchor_slot + self.proxy_offset
+        return self.anchor_slot + self.proxy_rank
 
     def proxy_positions(self, position_ids: Tensor) -> Tensor:
         """(B, P) rotary positions of the proxies, from those of the natural rows (B, S)."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proxyv.model.crops import ImageGrid
 from proxyv.model.image_spans import ImageSpan
 from proxyv.model.layout import CropGroup, SequenceLayout, natural_index
 
@@ -25,6 +26,7 @@ def build_layout(
     num_proxies: Callable[[int | None], int],
     *,
     released: bool = False,
+    block: int | None = None,
 ) -> SequenceLayout:
     """Lay out a batch: which rows are full, light or padding, and where proxies belong.
 
@@ -35,6 +37,8 @@ def build_layout(
             ``ProxyVConfig.num_proxies``.
         released: use the positions of the released weights: the newline of every crop but an
             image's first sits s*s+1 positions early.
+        block: side of the blocks in whose middles spatial proxies sit; None counts on from the
+            image's first token.
 
     Returns:
         The layout, on the device of ``real``.
@@ -43,15 +47,20 @@ def build_layout(
         authors know the released positions only.
     """
     sides = sorted({span.grid.side or 0 for images in spans for span in images}, reverse=True)
-    rows = [_lay_out_row(images, real_row, sides, num_proxies, released)
+    rows = [_lay_out_row(images, real_row, sides, num_proxies, released, block)
             for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
     longest = max((len(crop) for row in rows for crop in row.full.get(0, [])), default=0)
     padded = [_pad_crops([row.full[side] for row in rows], side**2 or longest) for side in sides]
     full_index, full_valid = _join([index for index, _ in padded], [ok for _, ok in padded], rows)
     parts = [_pad([row.proxy_anchor[side] for row in rows]) for side in sides]
     anchor, proxy_valid = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
-    parts = [_pad([row.proxy_offset[side] for row in rows]) for side in sides]
-    offset, _ = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
+    rank, offset = (
+        _join([index for index, _ in padding], [ok for _, ok in padding], rows)[0]
+        for padding in (
+            [_pad([row.proxy_rank[side] for row in rows]) for side in sides],
+            [_pad([row.proxy_offset[side] for row in rows]) for side in sides],
+        )
+    )
     light_index, light_valid = _pad([row.light for row in rows])
     shift = torch.stack([row.shift for row in rows])
     length = real.shape[1]
@@ -74,6 +83,7 @@ def build_layout(
         light_valid=light_valid,
         proxy_anchor=anchor,
         anchor_slot=slots.gather(1, anchor),
+        proxy_rank=rank,
         proxy_offset=offset,
         proxy_valid=proxy_valid,
         slots=slots,
@@ -94,7 +104,8 @@ class _Row:
         full: rows of the full tokens of each crop.
         light: rows of newline and text tokens.
         proxy_anchor: first row of the image of each proxy.
-        proxy_offset: rank of each proxy within its image.
+        proxy_rank: rank of each proxy within its image.
+        proxy_offset: its rotary position, from the image's first row.
         newline: (S,) True at newlines.
         empty: (S,) True at rows of an image that hold nothing.
         shift: (S,) what the layout adds to each position.
@@ -103,6 +114,7 @@ class _Row:
     full: dict[int, list[Tensor]]
     light: Tensor
     proxy_anchor: dict[int, Tensor]
+    proxy_rank: dict[int, Tensor]
     proxy_offset: dict[int, Tensor]
     newline: Tensor
     empty: Tensor
@@ -115,6 +127,7 @@ def _lay_out_row(
     sides: Sequence[int],
     num_proxies: Callable[[int | None], int],
     released: bool,
+    block: int | None,
 ) -> _Row:
     """Indices of one row; ``real`` is (S,)."""
     is_light = real.bool().clone()
@@ -122,7 +135,7 @@ def _lay_out_row(
     shift = torch.zeros(real.shape[0], dtype=torch.long)
     none = torch.zeros(0, dtype=torch.long)
     full: dict[int, list[Tensor]] = {side: [] for side in sides}
-    anchors, offsets = ({side: [none] for side in sides} for _ in range(2))
+    anchors, ranks, offsets = ({side: [none] for side in sides} for _ in range(3))
     for image in images:
         grid = image.grid
         side, stride = grid.side or 0, grid.rows_per_crop
@@ -135,18 +148,29 @@ def _lay_out_row(
             empty[crop[count:-1]] = True
         if released:
             shift[rows[1:, -1]] = -stride
-        ranks = torch.arange(grid.num_crops * num_proxies(side or None))
-        anchors[side].append(torch.full_like(ranks, image.start))
-        offsets[side].append(ranks)
+        rank = torch.arange(grid.num_crops * num_proxies(side or None))
+        anchors[side].append(torch.full_like(rank, image.start))
+        ranks[side].append(rank)
+        offsets[side].append(rank if block is None else _block_middles(grid, block))
     return _Row(
         full=full,
         light=is_light.nonzero().flatten(),
         proxy_anchor={side: torch.cat(anchors[side]) for side in sides},
+        proxy_rank={side: torch.cat(ranks[side]) for side in sides},
         proxy_offset={side: torch.cat(offsets[side]) for side in sides},
         newline=newline,
         empty=empty,
         shift=shift,
     )
+
+
+def _block_middles(grid: ImageGrid, block: int) -> Tensor:
+    """(C*(s/r)**2,) rows, from the image's first, of the middle token of each r x r block."""
+    assert grid.side is not None, "crops that are no grid have no blocks"
+    middle = torch.arange(grid.side // block) * block + block // 2
+    within = (middle[:, None] * grid.side + middle).flatten()
+    crops = torch.arange(grid.num_crops) * grid.rows_per_crop
+    return (crops[:, None] + within).flatten()
 
 
 def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -159,8 +159,13 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         if self.config.packing != "crops":
             return None
         real = real_rows(attention_mask, image_mask)
-        released = self.config.layout == "released"
-        return build_layout(spans, real, self.config.num_proxies, released=released)
+        return build_layout(
+            spans,
+            real,
+            self.config.num_proxies,
+            released=self.config.layout == "released",
+            block=self.config.proxy_block,
+        )
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S) True where the token is the image token."""

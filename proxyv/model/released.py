@@ -300,6 +300,7 @@ def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
     theirs = {
         "layout": "released",
         "downsample": "bilinear",
+        "proxy_positions": "consecutive",
         "guided_ratio": None,
         "learned_proxies": None,
     }

@@ -132,9 +132,12 @@ class Arm:
         rows = inputs.rows if rows is None else rows
         if inputs.row.crops and self._needs_layout:
             real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-            released = self.config.layout == "released"
             kwargs["layout"] = build_layout(
-                inputs.spans, real, self.config.num_proxies, released=released
+                inputs.spans,
+                real,
+                self.config.num_proxies,
+                released=self.config.layout == "released",
+                block=self.config.proxy_block,
             )
         return self.model(inputs_embeds=rows, **kwargs).last_hidden_state
 

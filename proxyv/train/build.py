@@ -198,6 +198,7 @@ def _options(model: ModelSettings) -> dict[str, Any]:
         "proxy_kind": model.proxy_kind,
         "learned_proxies": model.learned_proxies,
         "downsample": model.downsample,
+        "proxy_positions": model.proxy_positions,
         "layout": model.layout,
         "guided_ratio": model.guided_ratio,
         "vision_feature_layer": model.vision_feature_layer,

@@ -114,6 +114,12 @@ class ModelSettings:
         "how spatial proxies are downsampled: bilinear without antialiasing, or block average",
         choices=("bilinear", "average"),
     )
+    proxy_positions: str = option(
+        "consecutive",
+        "rotary positions of proxies: counted on from their image's first token, or each the "
+        "middle of its block",
+        choices=("consecutive", "block"),
+    )
     layout: str = option(
         "natural",
         "where newline tokens sit: after their crop, or as in the released weights",
