@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from draws import check_draws
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, image_features
 from test_families import TEXT
@@ -106,6 +106,15 @@ def check_batch_against_oracle(batch, side, chosen) -> None:
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.lists(rows, min_size=1, max_size=3), st.sampled_from(["left", "right"]), options)
+@example(
+    [[2, "3", 1], ["2", 3]],
+    "left",
+    {
+        **{"family": "qwen2", "depth": 3, "start": 1, "side_and_reduction": (6, 3)},
+        **{"kind": "block", "layout": "released", "guided_ratio": None, "attention": "sdpa"},
+        **{"fused": True, "seed": 3},
+    },
+)
 def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) -> None:
     check_batch_against_oracle(batch, side, chosen)
 
