@@ -189,7 +189,8 @@ def train_tower(settings: TowerSettings) -> None:
         settings.run,
         steps=settings.steps,
         warmup=200,
-        cooldown=0.35,
+        # What an earlier run has learned is at its best again only late in the fall.
+        cooldown=0.75 if settings.init else 0.35,
         measure_every=500,
         save_every=250,
         report=lambda line: print(line, flush=True),
