@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections import Counter
 from functools import cache
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from proxyv.synthetic.chart_canvas import Face, Sheet
 from proxyv.synthetic.chart_data import Chart
 from proxyv.synthetic.chart_questions import MAX_CAPTION, ask, caption
-from proxyv.synthetic.chart_style import LOOKS, PALETTES, Style
+from proxyv.synthetic.chart_style import LOOKS, PALETTES, Style, _faded
 from proxyv.synthetic.charts import chartqa_type, compose_chart, make_chart
 from proxyv.synthetic.fonts import FAMILIES, font_path
 from proxyv.synthetic.page import Page, Question, Split
@@ -183,6 +185,24 @@ def test_train_and_test_share_no_words_looks_or_fonts() -> None:
         assert not shared, f"{feature}: {shared}"
     shades = {s: {h for p in PALETTES[s].values() for h in p.values()} for s in SPLITS}
     assert not shades["train"] & shades["test"]
+
+
+def test_faded_colours_keep_their_order_of_hues() -> None:
+    """A shade is lighter and grayer than its colour, and never another colour of the palettes."""
+    rng = np.random.default_rng(5)
+    for palette in PALETTES["train"].values():
+        for name, fill in palette.items():
+            shades = {_faded(rng, name, fill, 0.4) for _ in range(40)}
+            assert len(shades) > 5
+            hue, _, saturation = colorsys.rgb_to_hls(*to_rgb(fill))
+            for shade in shades:
+                new_hue, _, new_saturation = colorsys.rgb_to_hls(*to_rgb(shade))
+                if saturation > 0.2:  # black and gray have none
+                    assert abs((new_hue - hue + 0.5) % 1 - 0.5) < 0.02, (name, fill, shade)
+                else:
+                    assert new_saturation < 0.1
+            darkest = min(sum(to_rgb(shade)) for shade in shades)
+            assert darkest >= sum(to_rgb(fill)) - 0.02
 
 
 def answer_of(chart: Chart, question: Question) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from proxyv.cli import CommandError, run_command
+from proxyv.eval import provenance
 from proxyv.eval.__main__ import main
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, select
@@ -500,6 +502,32 @@ def test_rotated_images_are_turned_upright(tmp_path: Path) -> None:
     random_image(20, 50).save(stream, "JPEG", exif=exif)
     image = image_of_bytes(stream.getvalue(), "row 0")
     assert image.size_hw() == (50, 20) and image.load().size == (20, 50)
+
+
+def test_commit_marks_changed_code_and_not_a_report_made_again(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, report = tmp_path / "code/provenance.py", tmp_path / "docs/report.md"
+    for file in (code, report):
+        file.parent.mkdir()
+    shutil.copy(provenance.__file__, code)
+    report.write_text("1 s")
+    spec = importlib.util.spec_from_file_location("copied", code)
+    assert spec and spec.loader
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    git("init")
+    assert copied.git_commit() is None  # not committed, so it is no commit's code
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    report.unlink()
+    assert copied.git_commit() == commit
+    code.write_text(code.read_text() + "\n")
+    assert copied.git_commit() == f"{commit}+changes"
 
 
 def test_command_writes_results_and_resumes(

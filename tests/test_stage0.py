@@ -36,7 +36,13 @@ from proxyv.train.stage0.loop import (
 )
 from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, warped
-from proxyv.train.stage0.projector import PageProjector, ProjectorSettings, train_projector
+from proxyv.train.stage0.pair import PairSettings, ReadingPair, train_pair
+from proxyv.train.stage0.projector import (
+    PageProjector,
+    Projector,
+    ProjectorSettings,
+    train_projector,
+)
 from proxyv.train.stage0.targets import (
     ALPHABET,
     BLANK,
@@ -46,7 +52,7 @@ from proxyv.train.stage0.targets import (
     patch_targets,
 )
 from proxyv.train.stage0.tokenizer import PHRASES, SPECIALS, build_tokenizer
-from proxyv.train.stage0.tower import ReadingTower, TowerSettings
+from proxyv.train.stage0.tower import ReadingTower, TowerSettings, normalise
 
 
 def read(slots: np.ndarray) -> str:
@@ -303,7 +309,7 @@ def test_the_projector_learns_the_embedding_and_starts_a_model(tmp_path: Path) -
     fitted.load_state_dict(torch.load(tmp_path / "run/state.pt", weights_only=True)["trainee"])
     image = torch.rand(1, 3, 168, 168)
     with torch.no_grad():
-        expected = fitted(tower.features(image))[0]
+        expected = fitted.projector(tower.features(image))[0]
     for start_layer in (None, 3):
         model = ProxyVForConditionalGeneration.from_backbones(
             tmp_path / "vision",
@@ -321,6 +327,53 @@ def test_the_projector_learns_the_embedding_and_starts_a_model(tmp_path: Path) -
     save_stage1(model, tmp_path / "proxyv.safetensors")
     with pytest.raises(ValueError, match=r"trained with start_layer=3.*start_layer=None"):
         load_projector(model, tmp_path / "proxyv.safetensors")
+
+
+def test_the_pair_learns_together_and_its_parts_fit_each_other(tmp_path: Path) -> None:
+    """A model of the three parts that are written answers as the pair did."""
+    small = {"ring": 4, "renew": 1, "workers": 0}
+    reader = GridReader(LanguageSettings(tmp_path, tmp_path, held=0, **small))
+    save_bf16(reader, "language", tmp_path / "language")
+    tower = ReadingTower(
+        TowerSettings(tmp_path, tmp_path, language=tmp_path / "language", held=0, **small)
+    )
+    save_bf16(tower, "tower", tmp_path / "vision")
+    Projector(192, 256).save(tmp_path / "projector.safetensors", reader.table.newline)
+    settings = PairSettings(
+        tmp_path / "run", tmp_path / "out", steps=2, batch=2, held=1, init=tmp_path, **small
+    )
+    begun = ReadingPair(settings)
+    loss, _ = begun.loss(0)
+    loss.backward()
+    for part in (begun.reader.language, begun.vision.tower, begun.projector):
+        grads = [p.grad for n, p in part.named_parameters() if "post_layer" not in n]
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    before = {name: value.clone() for name, value in begun.state_dict().items()}
+
+    train_pair(settings)
+    trained = ReadingPair(replace(settings, init=settings.out))
+    after = trained.state_dict()
+    fixed = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("reader.table.")} <= fixed
+    for name in ("layers.0.self_attn.q_proj", "layers.5.mlp.fc1", "projector.linear_1"):
+        assert not {n for n in before if name in n and n.endswith("weight")} & fixed
+
+    model = ProxyVForConditionalGeneration.from_backbones(
+        settings.out / "vision",
+        settings.out / "language",
+        config_overrides={
+            "start_layer": None, "image_token_index": 4, "vision_feature_layer": -1,
+        },
+    )  # fmt: skip
+    load_projector(model, settings.out / "projector.safetensors")
+    image = torch.rand(1, 3, 168, 168)
+    with torch.no_grad():
+        seen = trained.page(trained.vision.features(image))
+        found = model.model.multi_modal_projector(
+            model.model.vision_tower(normalise(image)).last_hidden_state[:, 1:]
+        )
+    torch.testing.assert_close(found.float(), seen[:, :-1], atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(model.model.image_newline.float(), seen[0, -1], atol=1e-2, rtol=1e-2)
 
 
 def test_an_answer_weighs_as_the_root_of_its_length() -> None:

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxyv.synthetic.chart_style import LOOKS
+from proxyv.synthetic.charts import compose_chart
 from proxyv.synthetic.degrade import degrade
 from proxyv.synthetic.documents import LAYOUTS, make_document, make_text_page
-from proxyv.synthetic.fonts import FAMILIES, font_path
+from proxyv.synthetic.fonts import FAMILIES, families, font_path
 from proxyv.synthetic.words import Words, split_of
 from proxyv.synthetic.world import (
     CHART_PROMPT,
@@ -26,6 +28,7 @@ from proxyv.synthetic.world import (
 
 DOCUMENTS, CHARTS = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
 GRIDS = Mix(documents=0, charts=0, grids=1)
+TRAINING_FOLDERS = ("images", "sharegpt4v", "llava_next")
 
 
 def many(split: str, mix: Mix, count: int, stream: int = 0):
@@ -92,6 +95,36 @@ def test_splits_share_no_document_value() -> None:
     assert len(train) > 500 and len(test) > 500
     bare = {value.removeprefix("Mr. ").removeprefix("Mrs. ").removeprefix("Dr. ") for value in test}
     assert train.isdisjoint(test) and train.isdisjoint(bare)
+
+
+def test_familiar_pages_have_new_words_in_known_looks(tmp_path: Path) -> None:
+    """Their content is the test half's, their typefaces, looks and layouts are training's."""
+    pages = many("familiar", DOCUMENTS, 60)
+    known = {p.template for p in many("train", DOCUMENTS, 200)}
+    assert {p.template for p in pages} <= known
+    answers = {a for p in pages for q in p.questions for a in q.answers if len(a) >= 3}
+    trained = many("train", DOCUMENTS, 250)
+    assert answers.isdisjoint(a for p in trained for q in p.questions for a in q.answers)
+    assert families("familiar") == families("train") != families("test")
+    for seed in range(40):
+        rng = np.random.default_rng((6, seed))
+        chart, style, _ = compose_chart(rng, "familiar", (168, 168))
+        assert split_of(chart.title) == "test"
+        assert style.title in LOOKS["train"].titles and style.legend in LOOKS["train"].legends
+
+    counts = {"train_documents": 2, "train_charts": 1, "test_documents": 12, "test_charts": 2}
+    for name, familiar in (("unseen", False), ("familiar", True)):
+        write_world(
+            tmp_path / name, seed=4, workers=1, all_benchmarks=True, familiar=familiar, **counts
+        )
+    unseen, familiar = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "unseen", tmp_path / "familiar")
+    )
+    trained = {name for name in unseen if name.startswith(TRAINING_FOLDERS)}
+    assert trained == {name for name in familiar if name.startswith(TRAINING_FOLDERS)}
+    assert len(unseen) == len(familiar)
+    assert {name for name in unseen if unseen[name] == familiar.get(name)} == trained
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["train", "test"]))

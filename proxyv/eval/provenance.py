@@ -19,6 +19,7 @@ PACKAGES = (
     *("rapidfuzz", "nltk", "pillow", "numpy"),
 )
 MODEL_FILES = ("config.json", "*_config.json", "tokenizer*", "*.jinja", "*.model", "*.safetensors")
+_CODE = (":(top)", ":(top,exclude)docs")
 PIECE_BYTES = 1 << 16
 PIECES = 64
 
@@ -34,6 +35,8 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """Commit of this code, with ``+changes`` where files differ; None outside a checkout.
 
+    Files in ``docs`` do not count: a report that is made again would mark itself.
+
     A copy of the code without its history says its commit in ``PROXYV_COMMIT``.
     """
     if "PROXYV_COMMIT" in os.environ:
@@ -43,7 +46,7 @@ def git_commit() -> str | None:
     try:
         _git(folder, "ls-files", "--error-unmatch", file.name)  # not inside someone else's checkout
         commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")

@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also write the schemas of InfoVQA, TextVQA, OCRBench, MME, MMBench, SEED-Bench, GQA, "
         "RefCOCO and CCpdf, each from as many pictures as there are test documents",
     )
+    parser.add_argument(
+        "--familiar",
+        action="store_true",
+        help="test pages in the typefaces, looks and layouts of training; only words are new",
+    )
     parser.add_argument("--json", action="store_true", help="print the row counts as JSON")
     options = parser.parse_args(argv)
     disable_progress_bars()  # of `datasets`, for tables that take milliseconds
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         all_benchmarks=options.all_benchmarks,
         train_further=options.train_further,
         dense_px=options.dense_px,
+        familiar=options.familiar,
     )
     if options.json:
         print(json.dumps(rows))

@@ -62,10 +62,12 @@ def _draw_title(sheet: Sheet, chart: Chart, style: Style, area: Box) -> Box:
             sheet.write(chart.title, centre, low, face, style.ink)
         return replace(area, bottom=area.bottom - row - 1)
     middle, color = area.top + row / 2, style.ink
+    if style.title in ("band", "shade"):
+        strip = Box(0, 0, float(sheet.size_hw[1]), middle + row / 2)
+        sheet.rectangle(strip, style.ink if style.title == "band" else style.grid_color)
+        middle = (middle + row / 2) / 2
     if style.title == "band":
-        width = float(sheet.size_hw[1])
-        sheet.rectangle(Box(0, 0, width, middle + row / 2), style.ink)
-        color, middle = "#ffffff", (middle + row / 2) / 2
+        color = "#ffffff"
     if style.title in ("left", "band"):
         sheet.write(chart.title, area.left, middle, face, color, "left")
     elif style.title == "right":

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from proxyv.synthetic.chart_canvas import Face
 from proxyv.synthetic.fonts import families, font_path
-from proxyv.synthetic.page import Split
+from proxyv.synthetic.page import Split, looks_of
 
 __all__ = ["LOOKS", "PALETTES", "Looks", "Style", "draw_style"]
 
 T = TypeVar("T")
-TitlePlace = Literal["center", "left", "right", "bottom", "band", "foot"]
+TitlePlace = Literal["center", "left", "right", "bottom", "band", "foot", "shade"]
 LegendPlace = Literal["top", "bottom", "right", "framed", "side"]
 
 PALETTES: dict[Split, dict[str, dict[str, str]]] = {
@@ -46,15 +46,25 @@ PALETTES: dict[Split, dict[str, dict[str, str]]] = {
 }  # fmt: skip
 
 
+# Colours that would soon bear another name if they were mixed with white or with gray.
+SHARPLY_NAMED = ("black", "gray", "brown", "pink")
+
+
 @dataclass(frozen=True)
 class Looks:
-    """The choices that one half of the small world draws from."""
+    """The choices that one half of the small world draws from.
 
-    papers: tuple[tuple[str, str], ...]  # (page, plot area)
+    Attributes:
+        papers: colours of page and plot area.
+        spines: letters of left, bottom, right, top.
+        faded: how far colours of a chart may be mixed with white or with gray.
+    """
+
+    papers: tuple[tuple[str, str], ...]
     inks: tuple[str, ...]
     titles: tuple[TitlePlace, ...]
     legends: tuple[LegendPlace, ...]
-    spines: tuple[str, ...]  # letters of left, bottom, right, top
+    spines: tuple[str, ...]
     grids: tuple[str, ...]
     grid_colors: tuple[str, ...]
     hatches: tuple[str | None, ...]
@@ -64,24 +74,30 @@ class Looks:
     rings: tuple[float | None, ...]
     bar_shares: tuple[float, float]
     values_inside: float
+    faded: float
 
 
 LOOKS: dict[Split, Looks] = {
     "train": Looks(
-        papers=(("#ffffff", "#ffffff"), ("#ffffff", "#f2f2f2"), ("#f7f7f7", "#ffffff")),
-        inks=("#000000", "#222222", "#333344"),
-        titles=("center", "left", "foot"),
+        papers=(
+            ("#ffffff", "#ffffff"), ("#ffffff", "#f2f2f2"), ("#f7f7f7", "#ffffff"),
+            ("#fdf0f0", "#fdf0f0"), ("#f3f3e6", "#ffffff"), ("#e8e8e8", "#f8f8f8"),
+            ("#f5edf8", "#f5edf8"), ("#ffffff", "#e4f0ef"),
+        ),
+        inks=("#000000", "#222222", "#333344", "#401414", "#20204c"),
+        titles=("center", "left", "foot", "shade"),
         legends=("top", "bottom", "side"),
         spines=("lb", "lbrt", "b"),
         grids=("-", "--", ""),
         grid_colors=("#c8c8c8", "#d8d8d8", "#b4b4b4"),
-        hatches=(None,),
-        edges=("none", "#333333"),
-        markers=("o", "s", ""),
-        line_styles=("-",),
-        rings=(None,),
-        bar_shares=(0.6, 0.85),
-        values_inside=0.3,
+        hatches=(None, None, None, "\\\\", "--", "o"),
+        edges=("none", "#333333", "#888888"),
+        markers=("o", "s", "", "v", "P"),
+        line_styles=("-", "-", "-."),
+        rings=(None, None, 0.3),
+        bar_shares=(0.55, 0.9),
+        values_inside=0.4,
+        faded=0.4,
     ),
     "test": Looks(
         papers=(
@@ -101,6 +117,7 @@ LOOKS: dict[Split, Looks] = {
         rings=(0.45, 0.6, None),
         bar_shares=(0.45, 0.95),
         values_inside=0.5,
+        faded=0.0,
     ),
 }  # fmt: skip
 
@@ -134,17 +151,27 @@ def _one(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
+def _faded(rng: np.random.Generator, name: str, fill: str, most: float) -> str:
+    """A shade of a named colour: mixed with white, then with the gray of its own lightness."""
+    white, gray = rng.uniform(0.0, most, size=2) * (0.25 if name in SHARPLY_NAMED else 1.0)
+    rgb = np.array([int(fill[i : i + 2], 16) for i in (1, 3, 5)])
+    rgb = rgb + (255 - rgb) * white
+    rgb = rgb + (rgb.mean() - rgb) * gray
+    return "#" + "".join(f"{round(float(value)):02x}" for value in rgb)
+
+
 def draw_style(rng: np.random.Generator, split: Split, size_hw: tuple[int, int]) -> Style:
     """Draw a look of one half; text grows more slowly than the page, so larger pages hold more."""
-    looks = LOOKS[split]
+    half = looks_of(split)
+    looks = LOOKS[half]
     family = _one(rng, families(split))
     scale = (min(size_hw) / 168) ** 0.6
     em = round(float(rng.uniform(11.0, 14.0)) * scale * 2) / 2
     regular = str(font_path(family, _one(rng, family.regular)))
     bold = str(font_path(family, _one(rng, family.bold)))
-    palette = list(_one(rng, list(PALETTES[split].values())).items())
+    palette = list(_one(rng, list(PALETTES[half].values())).items())
     paper, plot = _one(rng, looks.papers)
-    return Style(
+    style = Style(
         paper=paper,
         plot=plot,
         ink=_one(rng, looks.inks),
@@ -165,3 +192,7 @@ def draw_style(rng: np.random.Generator, split: Split, size_hw: tuple[int, int])
         small=Face(regular, max(10.0 * scale, em - scale)),
         colors=tuple(palette[int(i)] for i in rng.permutation(len(palette))),
     )
+    if looks.faded and rng.random() < 0.6:
+        shades = ((name, _faded(rng, name, fill, looks.faded)) for name, fill in style.colors)
+        return replace(style, colors=tuple(shades))
+    return style

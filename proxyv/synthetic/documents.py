@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proxyv.synthetic.page import Page, Question, Split
+from proxyv.synthetic.page import Page, Question, Split, looks_of
 from proxyv.synthetic.sheet import Sheet, TextTooLong, random_style
 from proxyv.synthetic.words import Words
 
@@ -80,7 +80,7 @@ def make_document(
     """
     while True:
         kind = str(rng.choice(list(LAYOUTS), p=[0.4, 0.15, 0.15, 0.12, 0.18]))
-        layout = str(rng.choice(LAYOUTS[kind][split]))
+        layout = str(rng.choice(LAYOUTS[kind][looks_of(split)]))
         sheet = Sheet(random_style(rng, split), size_hw)
         words = Words(rng, split)
         try:

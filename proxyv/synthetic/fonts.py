@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from proxyv.synthetic.page import Split
+from proxyv.synthetic.page import Split, looks_of
 
 __all__ = ["FAMILIES", "Family", "families", "font_path", "load_font"]
 
@@ -111,8 +111,8 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def families(split: Split) -> list[Family]:
-    """The families of one half of the small world."""
-    return [family for family in FAMILIES if family.split == split]
+    """The families that the pages of a split are set in."""
+    return [family for family in FAMILIES if family.split == looks_of(split)]
 
 
 @cache

@@ -15,7 +15,7 @@ from PIL import Image
 
 from proxyv.synthetic.charts import make_chart
 from proxyv.synthetic.documents import make_document, make_text_page
-from proxyv.synthetic.page import Glyph, Page, Question, Split
+from proxyv.synthetic.page import Glyph, Page, Question, Split, looks_of
 
 __all__ = ["LAYOUTS", "make_infographic"]
 
@@ -44,7 +44,8 @@ def make_infographic(
         caption is that of the panels in reading order.
     """
     panel_hw = size_hw[0] // 2, size_hw[1] // 2
-    chart_at, document_at = LAYOUTS[split][int(rng.integers(len(LAYOUTS[split])))]
+    layouts = LAYOUTS[looks_of(split)]
+    chart_at, document_at = layouts[int(rng.integers(len(layouts)))]
     makers: list[Maker] = [make_text_page] * 4
     makers[chart_at], makers[document_at] = make_chart, make_document
     panels = [make(rng, split, panel_hw) for make in makers]

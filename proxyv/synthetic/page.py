@@ -7,9 +7,21 @@ from typing import Literal
 
 from PIL import Image
 
-__all__ = ["Glyph", "Page", "Question", "Split"]
+__all__ = ["Glyph", "Page", "Question", "Split", "looks_of", "words_of"]
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "familiar"]
+"""The halves of the small world, which share no word, typeface, look or layout; ``familiar`` pages
+are held out like those of ``test``, with its words, but look like those of ``train``."""
+
+
+def words_of(split: Split) -> Split:
+    """The half whose words and values a page has."""
+    return "test" if split == "familiar" else split
+
+
+def looks_of(split: Split) -> Split:
+    """The half whose typefaces, looks and layouts a page has."""
+    return "train" if split == "familiar" else split
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Page:
         caption: what is written or drawn, in reading order.
         questions: questions whose answers can be seen in the picture.
         template: the layout's name, such as "invoice/split" or "bar/left/top".
-        split: the half of the small world that the page belongs to.
+        split: the half of the small world that the page belongs to, or ``familiar``.
         values_shown: for charts, whether the values are printed; true for documents.
         facts: for charts, their title and what the categories are.
     """

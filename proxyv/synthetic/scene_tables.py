@@ -32,7 +32,6 @@ __all__ = ["write_scene_sets"]
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000
-SPLIT: Split = "test"
 
 
 class Choice(NamedTuple):
@@ -52,7 +51,11 @@ class Drawn(NamedTuple):
 
 
 def write_scene_sets(
-    out: Path, seeds: Sequence[tuple[int, ...]], pages: Sequence[tuple[Page, bytes]], side_px: int
+    out: Path,
+    seeds: Sequence[tuple[int, ...]],
+    pages: Sequence[tuple[Page, bytes]],
+    side_px: int,
+    split: Split = "test",
 ) -> dict[str, int]:
     """Write every benchmark that asks about scenes.
 
@@ -61,6 +64,7 @@ def write_scene_sets(
         seeds: one for each scene.
         pages: test documents, which OCRBench asks about too.
         side_px: side of a scene in pixels.
+        split: decides words, typefaces and layouts.
 
     Returns:
         Rows written for each benchmark.
@@ -68,8 +72,8 @@ def write_scene_sets(
     drawn = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        scene = make_scene(rng, SPLIT, (side_px, side_px))
-        drawn.append(Drawn(scene, png_bytes(scene.image), _choices(scene, rng)))
+        scene = make_scene(rng, split, (side_px, side_px))
+        drawn.append(Drawn(scene, png_bytes(scene.image), _choices(scene, Words(rng, split))))
     writers: dict[str, Callable[[Path, Sequence[Drawn]], int]] = {
         "textvqa": _write_textvqa,
         "mme": _write_mme,
@@ -80,12 +84,14 @@ def write_scene_sets(
     }
     rows = {name: write(out / name, drawn) for name, write in writers.items()}
     rng = np.random.default_rng((*seeds[0], 1)) if seeds else np.random.default_rng(0)
-    return rows | {"ocrbench": _write_ocrbench(out / "ocrbench", drawn, pages, rng, side_px)}
+    words = Words(rng, split)
+    rows["ocrbench"] = _write_ocrbench(out / "ocrbench", drawn, pages, words, side_px, split)
+    return rows
 
 
-def _choices(scene: Scene, rng: np.random.Generator) -> tuple[Choice, ...]:
+def _choices(scene: Scene, words: Words) -> tuple[Choice, ...]:
     """A question each about colour, number, place and word."""
-    words = Words(rng, SPLIT)
+    rng = words.rng
     thing = scene.shapes[0]
     seen = {each.colour for each in scene.shapes}
     absent = [colour for colour in (*COLOURS, "pink", "brown") if colour not in seen]
@@ -330,18 +336,19 @@ def _write_ocrbench(
     folder: Path,
     drawn: Sequence[Drawn],
     pages: Sequence[tuple[Page, bytes]],
-    rng: np.random.Generator,
+    words: Words,
     side_px: int,
+    split: Split,
 ) -> int:
     """OCRBench: for each scene one row of one of its ten categories, in turn."""
-    words, rows = Words(rng, SPLIT), []
+    rows = []
     asked = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction")
     categories = [*WRITTEN, *asked]
     for place, (scene, png, _) in enumerate(drawn):
         category = categories[place % len(categories)]
         if category in WRITTEN:
             question, answer = word_question(category), WRITTEN[category](words)
-            png = png_bytes(word_image(rng, SPLIT, answer, category, side_px))
+            png = png_bytes(word_image(words.rng, split, answer, category, side_px))
         elif category == "Scene Text-centric VQA":
             question, answer = SIGN_QUESTION, scene.sign.word
         else:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from proxyv.synthetic.fonts import families, load_font
-from proxyv.synthetic.page import Split
+from proxyv.synthetic.page import Split, looks_of
 from proxyv.synthetic.words import Words
 
 __all__ = [
@@ -115,7 +115,8 @@ def make_scene(
         size_hw: height and width in pixels.
     """
     height, width = size_hw
-    scattered = LAYOUTS[split] == "scattered"
+    layout = LAYOUTS[looks_of(split)]
+    scattered = layout == "scattered"
     paper = tuple(int(value) for value in rng.integers(205, 245, size=3))
     image = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(image)
@@ -139,7 +140,7 @@ def make_scene(
     draw.rectangle((left, top, right - 1, bottom - 1), fill=fill, outline=outline)
     draw_word(image, rng, split, word, box)
     sign = Thing("white", "sign", row, column, box, word)
-    return Scene(image, tuple(shapes), sign, LAYOUTS[split])
+    return Scene(image, tuple(shapes), sign, layout)
 
 
 def _sign_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from proxyv.synthetic.page import Split
+from proxyv.synthetic.page import Split, looks_of
 from proxyv.synthetic.prompts import FORMULA_QUESTION, WORD_QUESTION
 from proxyv.synthetic.scenes import COLOURS, draw_word
 from proxyv.synthetic.words import Words
@@ -52,7 +52,7 @@ def word_image(
         side_px: side of the picture in pixels.
     """
     image = Image.new("RGB", (side_px, side_px), _PAPER)
-    bands = BANDS[split]
+    bands = BANDS[looks_of(split)]
     top = _THIRDS.index(bands[int(rng.integers(len(bands)))]) * side_px // 3
     ink = COLOURS["purple"] if category.startswith("Artistic") else (20, 20, 20)
     draw_word(image, rng, split, text, (8, top, side_px - 8, top + side_px // 3), ink)

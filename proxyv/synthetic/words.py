@@ -18,7 +18,7 @@ from faker.providers.job import Provider as JobWords
 from faker.providers.lorem.en_US import Provider as LoremWords
 from faker.providers.person.en_US import Provider as PersonWords
 
-from proxyv.synthetic.page import Split
+from proxyv.synthetic.page import Split, words_of
 
 __all__ = ["Words", "split_of"]
 
@@ -75,7 +75,7 @@ class Words:
 
     def __init__(self, rng: np.random.Generator, split: Split) -> None:
         self.rng = rng
-        self.split = split
+        self.split = words_of(split)
 
     def pick(self, options: tuple[str, ...] | list[str]) -> str:
         """One of the options, whatever its split (for labels, months and the like)."""

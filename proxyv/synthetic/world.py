@@ -7,7 +7,8 @@ rows for evaluation. ``--all-benchmarks`` adds rows of every other benchmark, ``
 rows that train for them. Both training sets name their pictures relative to ``--out``. Everything
 follows from the seed; the training half and the test half share no page, no seed, no typeface, no
 layout and no value of three characters or more (labels, colours, places, coordinates, axis ticks
-and the measures and years in chart titles are common to both).
+and the measures and years in chart titles are common to both). With ``--familiar`` the test half
+looks like the training half, and only its words and values are new.
 """
 
 from __future__ import annotations
@@ -92,12 +93,16 @@ def prompt_suffix(page: Page) -> str:
 
 
 class Drawing(NamedTuple):
-    """How a world is drawn: its seed, sides of pages in pixels, and the processes that draw."""
+    """How a world is drawn: its seed, sides of pages in pixels, and the processes that draw.
+
+    ``held_out`` is the split of the pages for evaluation.
+    """
 
     seed: int
     side_px: int
     dense_px: int
     workers: int
+    held_out: Split
 
     def pages(
         self, stream: int, count: int, split: Split, mix: Mix
@@ -114,9 +119,8 @@ class Drawing(NamedTuple):
         """Dense test pages with their files."""
         number = ("documents", "infographics").index(kind)
         seeds = [(self.seed, _DENSE_STREAM, number, index) for index in range(count)]
-        return self.each(
-            partial(_draw_dense, make=make, side_px=self.dense_px), seeds, f"dense {kind}"
-        )
+        draw = partial(_draw_dense, make=make, split=self.held_out, side_px=self.dense_px)
+        return self.each(draw, seeds, f"dense {kind}")
 
     def each(
         self, draw: Callable[[Seed], Drawn], seeds: Sequence[Seed], what: str
@@ -134,9 +138,11 @@ def _draw_page(seed: Seed, split: Split, mix: Mix, side_px: int) -> tuple[Page, 
     return page, png_bytes(page.image)
 
 
-def _draw_dense(seed: Seed, make: Callable[..., Page], side_px: int) -> tuple[Page, bytes]:
+def _draw_dense(
+    seed: Seed, make: Callable[..., Page], split: Split, side_px: int
+) -> tuple[Page, bytes]:
     rng = np.random.default_rng(seed)
-    page = degrade(make(rng, "test", (side_px, side_px)), rng)
+    page = degrade(make(rng, split, (side_px, side_px)), rng)
     return page, png_bytes(page.image)
 
 
@@ -154,6 +160,7 @@ def write_world(
     all_benchmarks: bool = False,
     train_further: int = 0,
     dense_px: int | None = None,
+    familiar: bool = False,
 ) -> dict[str, int]:
     """Write both training sets, DocVQA and ChartQA under ``out``.
 
@@ -173,6 +180,8 @@ def write_world(
             pages to be read. Their rows stand behind the others, which are the same either way.
         dense_px: side of infographics and of pages to be read, in pixels; by default twice
             ``side_px``.
+        familiar: whether pages for evaluation have the typefaces, looks and layouts of training,
+            and only their words and values are new.
 
     Returns:
         Rows written for each data set.
@@ -189,7 +198,8 @@ def write_world(
     }
     dense_px = 2 * side_px if dense_px is None else dense_px
     _check(counts, side_px, dense_px if all_benchmarks or train_further else None)
-    drawing = Drawing(seed, side_px, dense_px, workers or os.cpu_count() or 1)
+    held_out: Split = "familiar" if familiar else "test"
+    drawing = Drawing(seed, side_px, dense_px, workers or os.cpu_count() or 1, held_out)
     only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
     training = TrainingRows(out)
     for kind, mix, count in (
@@ -203,9 +213,9 @@ def write_world(
             training.add(f"{kind}_{index:06d}", kind, png, page.caption, turns)
     _add_further(training, drawing, train_further, questions_per_page)
     rows = training.write()
-    documents = drawing.pages(_TEST_STREAM, test_documents, "test", only_documents)
+    documents = drawing.pages(_TEST_STREAM, test_documents, held_out, only_documents)
     rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
-    charts = drawing.pages(_TEST_STREAM, test_charts, "test", only_charts)
+    charts = drawing.pages(_TEST_STREAM, test_charts, held_out, only_charts)
     rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
     if all_benchmarks:
         rows |= _write_further(out, drawing, test_documents, questions_per_page)
@@ -226,7 +236,8 @@ def _check(counts: dict[str, int], side_px: int, dense_px: int | None) -> None:
 
 def _write_further(out: Path, drawing: Drawing, count: int, most: int) -> dict[str, int]:
     """Write the benchmarks besides DocVQA and ChartQA, and DocVQA's test split."""
-    documents = list(drawing.pages(_FURTHER_STREAM, count, "test", Mix(documents=1, charts=0)))
+    mix, split = Mix(documents=1, charts=0), drawing.held_out
+    documents = list(drawing.pages(_FURTHER_STREAM, count, split, mix))
     infographics = drawing.dense("infographics", make_infographic, count)
     pages = drawing.dense("documents", make_document, count)
     seeds = [(drawing.seed, _SCENE_STREAM, index) for index in range(count)]
@@ -234,7 +245,7 @@ def _write_further(out: Path, drawing: Drawing, count: int, most: int) -> dict[s
         "docvqa (test)": write_docvqa_test(out / "docvqa", documents),
         "infovqa": write_infovqa(out / "infovqa", infographics, most),
         "ccpdf": write_ccpdf(out / "ccpdf", pages),
-        **write_scene_sets(out, seeds, documents, drawing.side_px),
+        **write_scene_sets(out, seeds, documents, drawing.side_px, split),
     }
 
 

@@ -1,4 +1,4 @@
-"""Train the tiny preset's parts: ``python -m proxyv.train.stage0 language|tower|projector``."""
+"""Train the parts of the tiny preset: ``python -m proxyv.train.stage0 PART --run FOLDER``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from proxyv.cli import run_command
 from proxyv.train.stage0.language import LanguageSettings, train_language
+from proxyv.train.stage0.pair import PairSettings, train_pair
 from proxyv.train.stage0.projector import ProjectorSettings, train_projector
 from proxyv.train.stage0.tower import TowerSettings, train_tower
 
@@ -20,22 +21,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m proxyv.train.stage0",
         description="Train the language model, then the vision tower of the tiny preset from "
-        "scratch on the small world, then fit the projector between them. A run that was stopped "
-        "goes on where it was.",
+        "scratch on the small world, then fit the projector between them, then train all three "
+        "together. A run that was stopped goes on where it was.",
         epilog="examples:\n"
         "  python -m proxyv.train.stage0 tower --run runs/tower --steps 9000\n"
         "  python -m proxyv.train.stage0 tower --run runs/tower --device cuda --batch 256 "
-        "--workers 14",
+        "--workers 14\n"
+        "  python -m proxyv.train.stage0 pair --run runs/pair --steps 4000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=("language", "tower", "projector"))
+    parser.add_argument("part", choices=("language", "tower", "projector", "pair"))
     parser.add_argument("--run", type=Path, required=True, help="folder for state and log")
     parser.add_argument("--out", type=Path, help="default: its place in data/tiny")
-    parser.add_argument("--init", type=Path, help="folder of an earlier backbone to start from")
-    parser.add_argument("--steps", type=int, help="default 8000, 9000 for the tower, 420 to fit")
-    parser.add_argument("--seed", type=int, help="default 12, 11 for the tower, 29 for the rest")
-    parser.add_argument("--batch", type=int, help="pages of a step, default 12, 32 for the rest")
-    parser.add_argument("--device", help="of a backbone: cpu (default) or cuda")
+    parser.add_argument(
+        "--init", type=Path, help="folder to start from: an earlier backbone, or data/tiny"
+    )
+    parser.add_argument("--steps", type=int, help="default 8000, 9000, 420, 4000")
+    parser.add_argument("--seed", type=int, help="default 12, 11, 29, 51")
+    parser.add_argument("--batch", type=int, help="pages of a step, default 12, 32, 32, 12")
+    parser.add_argument("--device", help="cpu (default) or cuda; not of the projector")
     parser.add_argument("--workers", type=int, help="processes that draw pages, default 1")
     parser.add_argument("--threads", type=int, help="torch threads, default all")
     options = parser.parse_args(argv)
@@ -47,10 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.part == "projector":
         if options.init or options.device:
             raise ValueError(
-                "--init and --device are for backbones: the projector is fitted anew, in minutes"
+                "--init and --device: the projector is fitted anew, in minutes, on the CPU; leave "
+                "them out"
             )
         out = options.out or tiny / "projector.safetensors"
         train_projector(ProjectorSettings(run=options.run, out=out, **given))
+    elif options.part == "pair":
+        out = options.out or tiny
+        train_pair(PairSettings(run=options.run, out=out, **given))
     elif options.part == "tower":
         out = options.out or tiny / "vision"
         train_tower(TowerSettings(run=options.run, out=out, **given))

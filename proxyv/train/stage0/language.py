@@ -10,6 +10,7 @@ the tower. No picture is involved, and no page of the data sets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,6 +104,7 @@ class LanguageSettings:
     init: Path | None = None
     turns: int = 8
     noise: float = 0.04  # what a tower's features leave in doubt, beside embeddings of 0.15 RMS
+    stretch: float = 0.0  # see ``warped``
 
 
 class GridReader(Trainee):
@@ -184,7 +186,9 @@ class GridReader(Trainee):
         ring, size = self.rings[index], self.settings.phases[index].batch
         phase, waiting = self._waiting
         if not waiting or phase != index:
-            pixels, slots, pages = ring.batch(rng, size * SORTED_BATCHES, PATCH_PX, shift_px=7)
+            pixels, slots, pages = ring.batch(
+                rng, size * SORTED_BATCHES, PATCH_PX, 7, self.settings.stretch
+            )
             rows = [self._tokens(self._conversation(page, rng), slots.shape[1]) for page in pages]
             by_length = np.argsort([len(row.input_ids) for row in rows]).reshape(-1, size)
             waiting = [
@@ -194,7 +198,8 @@ class GridReader(Trainee):
             self._waiting = index, waiting
         return waiting.pop()
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def draw(self, step: int) -> tuple[Batch, np.random.Generator]:
+        """The step's pages with their conversations, and what is left of its randomness."""
         settings = self.settings
         index = self._phase(step)
         ring = self.rings[index]
@@ -203,14 +208,12 @@ class GridReader(Trainee):
             ring.fill()
         ring.renew(settings.renew)
         rng = np.random.default_rng((settings.seed, step))
-        pixels, slots, rows = self._batch(index, rng)
+        return self._batch(index, rng), rng
+
+    def answer(self, page: Tensor, rows: list[Rendered]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the answers in conversations about embedded pages (B, N + 1, width)."""
         ids, labels = (tensor.to(self.device) for tensor in self._pad(rows))
-        patches = slots.shape[1]
-        first_row = int(rng.integers(self.rows - patches // self.columns + 1))
         with self.autocast():
-            told = torch.from_numpy(slots).to(self.device)
-            page = self.embed_page(told, to_tensor(pixels, self.device), first_row)
-            page = page + settings.noise * torch.randn_like(page)
             logits = self.logits(page, ids)
         said = labels != IGNORE_INDEX
         losses = F.cross_entropy(logits[said].float(), labels[said], reduction="none")
@@ -219,8 +222,26 @@ class GridReader(Trainee):
         right = (logits.argmax(-1) == labels)[said].float().mean().item()
         return loss, {"right": right}
 
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        (pixels, slots, rows), rng = self.draw(step)
+        patches = slots.shape[1]
+        first_row = int(rng.integers(self.rows - patches // self.columns + 1))
+        with self.autocast():
+            told = torch.from_numpy(slots).to(self.device)
+            page = self.embed_page(told, to_tensor(pixels, self.device), first_row)
+            page = page + self.settings.noise * torch.randn_like(page)
+        return self.answer(page, rows)
+
     def measure(self) -> dict[str, float]:
-        """Teacher-forced share of answer characters and of whole answers on held-out pages."""
+        """Scores on held-out pages that are given as characters."""
+        return self.answers(self.embed_page)
+
+    def answers(self, embed: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        """Teacher-forced share of answer characters and of whole answers on held-out pages.
+
+        Args:
+            embed: makes of slots (1, N, SLOTS) and pixels (1, 3, H, W) a page (1, N + 1, width).
+        """
         scores = {}
         for kind, pages in self.held.items():
             hits = total = whole = answers = 0
@@ -230,8 +251,7 @@ class GridReader(Trainee):
                 padded = self._pad([self._tokens(turns, len(slots))])
                 ids, labels = (tensor.to(self.device) for tensor in padded)
                 told = torch.from_numpy(slots[None]).to(self.device)
-                one = self.embed_page(told, to_tensor(image[None], self.device))
-                logits = self.logits(one, ids)
+                logits = self.logits(embed(told, to_tensor(image[None], self.device)), ids)
                 said = labels[0] != IGNORE_INDEX
                 good = (logits.argmax(-1) == labels)[0]
                 hits, total = hits + int(good[said].sum()), total + int(said.sum())

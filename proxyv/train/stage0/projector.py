@@ -17,14 +17,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proxyv.model.stage1 import write_stage1
+from proxyv.model.stage1 import read_stage1, write_stage1
 from proxyv.synthetic.world import Mix
 from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import patch_targets, to_tensor
 from proxyv.train.stage0.tower import GRID, PAGE_HW, PATCH_PX, ReadingTower, TowerSettings
 
-__all__ = ["ProjectorSettings", "train_projector"]
+__all__ = ["Projector", "ProjectorSettings", "train_projector"]
+
+_PROJECTOR = "model.multi_modal_projector."
+
+
+class Projector(nn.Module):
+    """LLaVA's projector, an MLP with one hidden layer as wide as the language model."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(features, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, N, tower width) to (B, N, width of the language model)."""
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+    def load(self, path: Path) -> None:
+        """Take the weights of a stage-1 file; see :func:`~proxyv.model.stage1.read_stage1`."""
+        state = read_stage1(path, None)
+        self.load_state_dict(
+            {n.removeprefix(_PROJECTOR): t for n, t in state.items() if n.startswith(_PROJECTOR)}
+        )
+
+    def save(self, path: Path, newline: Tensor) -> None:
+        """Write a stage-1 file in bfloat16; the newline is the language model's."""
+        state = {f"{_PROJECTOR}{name}": tensor for name, tensor in self.state_dict().items()}
+        state["model.image_newline"] = newline
+        write_stage1({n: t.detach().to(torch.bfloat16) for n, t in state.items()}, path, None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class ProjectorSettings:
 
 
 class PageProjector(Trainee):
-    """LLaVA's projector, an MLP with one hidden layer as wide as the language model."""
+    """The projector beside the tower and the page table that it is fitted between."""
 
     def __init__(self, settings: ProjectorSettings) -> None:
         super().__init__()
@@ -59,13 +87,8 @@ class PageProjector(Trainee):
         load_bf16(tower, "tower", settings.vision)
         self.frozen = (tower.requires_grad_(False).eval(),)  # in a tuple it is no part of this
         width = len(tower.target[0].newline)
-        self.linear_1 = nn.Linear(tower.tower.config.hidden_size, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.projector = Projector(tower.tower.config.hidden_size, width)
         self.ring = PageRing(settings.seed, settings.ring, settings.mix, PAGE_HW, settings.workers)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, N, tower width) to (B, N, width of the language model)."""
-        return self.linear_2(F.gelu(self.linear_1(features)))
 
     def unexplained(self, images: Tensor, slots: Tensor) -> Tensor:
         """Share of the page embedding's variance that the projector misses."""
@@ -73,7 +96,7 @@ class PageProjector(Trainee):
         with torch.no_grad(), self.autocast():
             features = tower.features(images)
         wanted = tower.target[0](slots, images)
-        return F.mse_loss(self(features.float()), wanted) / wanted.var(dim=(0, 1)).mean()
+        return F.mse_loss(self.projector(features.float()), wanted) / wanted.var(dim=(0, 1)).mean()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
@@ -99,12 +122,6 @@ class PageProjector(Trainee):
             scores[kind] = self.unexplained(images, torch.from_numpy(slots)).item()
         return scores
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights under the model's names, in bfloat16; the newline is the language model's."""
-        named = {f"model.multi_modal_projector.{n}": t for n, t in self.state_dict().items()}
-        named["model.image_newline"] = self.frozen[0].target[0].newline
-        return {name: tensor.detach().to(torch.bfloat16) for name, tensor in named.items()}
-
 
 def train_projector(settings: ProjectorSettings) -> None:
     """Fit, resuming where a run stopped, and write a stage-1 file to ``settings.out``."""
@@ -120,4 +137,4 @@ def train_projector(settings: ProjectorSettings) -> None:
         save_every=100,
         report=lambda line: print(line, flush=True),
     )
-    write_stage1(trainee.state(), settings.out, None)
+    trainee.projector.save(settings.out, trainee.frozen[0].target[0].newline)

@@ -131,9 +131,21 @@ class ReadingTower(Trainee):
             rng, settings.batch, PATCH_PX, 7, settings.stretch, settings.tint
         )
         images = to_tensor(pixels, self.device)
-        target = torch.from_numpy(slots).to(self.device)
         with self.autocast():
             features = self.features(images)
+        return self.supervise(features, images, torch.from_numpy(slots).to(self.device))
+
+    def supervise(
+        self, features: Tensor, images: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What the heads should say of pages, as a loss.
+
+        Args:
+            features: (B, N, hidden) of the pages.
+            images: (B, 3, H, W) in [0, 1].
+            target: (B, N, SLOTS) classes of the characters.
+        """
+        with self.autocast():
             logits, normed = self.letters(features), self.norm(features)
             cells, places = self.paint(normed), self.place(normed)
             said = self.embed(features)  # linear and not normed: as near as a projector can start
