@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train the backbones of the preset tiny from scratch (hours on two cores) into data/tiny.
-# A run that was stopped goes on where it was. Arguments go to both backbones.
+# Train the backbones of the preset tiny, and the projector between them, from scratch (hours on two
+# cores) into data/tiny. A run that was stopped goes on where it was. Arguments go to every part
+# but the projector.
 #
 #   bash scripts/stage0.sh
 #   bash scripts/stage0.sh --device cuda --batch 256 --workers 14      the same on a GPU
@@ -15,3 +16,5 @@ say "vision tower: reads characters, and says how the language model knows them"
 python -m proxyv.train.stage0 tower --run runs/stage0/tower "$@"
 say "projector: between the two, where stage 1 starts"
 python -m proxyv.train.stage0 projector --run runs/stage0/projector
+say "all three together, on pages as pictures"
+python -m proxyv.train.stage0 pair --run runs/stage0/pair "$@"

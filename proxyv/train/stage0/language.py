@@ -23,7 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from proxyv.data.templates import IGNORE_INDEX, IMAGE_MARK, Rendered, Renderer, Turn
 from proxyv.synthetic.page import Page
 from proxyv.synthetic.world import READ_PROMPT, Mix, prompt_suffix
-from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
+from proxyv.train.stage0.loop import (
+    Optimisers,
+    PartSettings,
+    Trainee,
+    load_bf16,
+    run_loop,
+    save_bf16,
+)
 from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import patch_targets, to_tensor
@@ -87,24 +94,27 @@ CURRICULUM = (
 
 
 @dataclass(frozen=True)
-class LanguageSettings:
-    """How the language model is pretrained."""
+class LanguageSettings(PartSettings):
+    """How the language model is pretrained.
 
-    run: Path
-    out: Path
-    steps: int = 8000
-    phases: tuple[Phase, ...] = CURRICULUM
+    Attributes:
+        batch: pages of a step in the last phase, the others in proportion.
+        phases: the curriculum.
+        init: an earlier language model to start from, in the last phase.
+        turns: questions of a page at most.
+        noise: deviation of what is added to a page.
+        stretch: see ``warped``.
+    """
+
+    batch: int = CURRICULUM[-1].batch
     seed: int = 12
     ring: int = 3000
     renew: int = 4
-    workers: int = 1
-    device: str = "cpu"
-    batch: int | None = None  # pages of a step in the last phase, the others in proportion
-    held: int = 64
+    phases: tuple[Phase, ...] = CURRICULUM
     init: Path | None = None
     turns: int = 8
     noise: float = 0.04  # what a tower's features leave in doubt, beside embeddings of 0.15 RMS
-    stretch: float = 0.0  # see ``warped``
+    stretch: float = 0.0
 
 
 class GridReader(Trainee):
@@ -202,11 +212,7 @@ class GridReader(Trainee):
         """The step's pages with their conversations, and what is left of its randomness."""
         settings = self.settings
         index = self._phase(step)
-        ring = self.rings[index]
-        if not ring.pages:
-            ring.drawn = step * settings.renew  # a resumed run goes on to new pages
-            ring.fill()
-        ring.renew(settings.renew)
+        self.rings[index].advance(step, settings.renew)
         rng = np.random.default_rng((settings.seed, step))
         return self._batch(index, rng), rng
 
@@ -289,8 +295,7 @@ def train_language(settings: LanguageSettings) -> None:
     """Train, resuming where a run stopped; write model (bf16) and tokenizer to ``settings.out``."""
     if settings.init:
         settings = replace(settings, phases=settings.phases[-1:])  # it knows how to find and copy
-    if settings.batch is not None:
-        settings = replace(settings, phases=scaled(settings.phases, settings.batch))
+    settings = replace(settings, phases=scaled(settings.phases, settings.batch))
     trainee = GridReader(settings)
     if settings.init:
         load_bf16(trainee, "language", settings.init)
@@ -305,7 +310,6 @@ def train_language(settings: LanguageSettings) -> None:
         cooldown=0.75 if settings.init else 0.35,
         measure_every=250,
         save_every=250,
-        report=lambda line: print(line, flush=True),
     )
     save_bf16(trainee, "language", settings.out)
     save_tokenizer(settings.out)

@@ -7,16 +7,57 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["Optimisers", "Trainee", "learning_rate", "load_bf16", "run_loop", "save_bf16"]
+__all__ = [
+    "Optimisers",
+    "PartSettings",
+    "Trainee",
+    "learning_rate",
+    "load_bf16",
+    "run_loop",
+    "save_bf16",
+]
 
 HEAD_FILE = "head.safetensors"
 BETAS = (0.9, 0.95)  # of AdamW
+
+_say = partial(print, flush=True)
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """How a part of the tiny preset is trained; each part has its own defaults.
+
+    Attributes:
+        run: folder for state and log.
+        out: where the finished part is written.
+        steps: of training.
+        batch: pages of a step.
+        seed: of weights, pages and batches.
+        ring: pages held at a time; see ``PageRing``.
+        renew: pages drawn anew each step.
+        workers: processes that draw pages.
+        device: where it is trained.
+        held: pages of each kind for measuring.
+    """
+
+    run: Path
+    out: Path
+    steps: int = 8000
+    batch: int = 32
+    seed: int = 0
+    ring: int = 4000
+    renew: int = 5
+    workers: int = 1
+    device: str = "cpu"
+    held: int = 64
 
 
 def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
@@ -95,7 +136,7 @@ def run_loop(
     cooldown: float,
     measure_every: int,
     save_every: int,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = _say,
 ) -> None:
     """Train to ``steps``, resuming from ``folder`` if a state is there.
 

@@ -91,6 +91,18 @@ class PageRing:
             if self._pending[0].done():
                 self._store(self._pending.pop(0).result())
 
+    def advance(self, step: int, count: int) -> None:
+        """What a training step does to the ring: fill it at first, then renew some pages.
+
+        Args:
+            step: of the training; a resumed run goes on to new pages.
+            count: pages to draw a step.
+        """
+        if not self.pages:
+            self.drawn = step * count
+            self.fill()
+        self.renew(count)
+
     def _draw(self, count: int) -> Future[list[Page]]:
         """Let a worker draw so many pages."""
         assert self._pool is not None, "nobody draws beside the training"

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from proxyv.synthetic.world import Mix
 from proxyv.train.stage0.language import PAGE_HW, GridReader, LanguageSettings, Phase
-from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
+from proxyv.train.stage0.loop import (
+    Optimisers,
+    PartSettings,
+    Trainee,
+    load_bf16,
+    run_loop,
+    save_bf16,
+)
 from proxyv.train.stage0.projector import Projector
 from proxyv.train.stage0.targets import to_tensor
 from proxyv.train.stage0.tokenizer import save_tokenizer
@@ -31,24 +38,19 @@ MIX = Mix(0.04, 0.32, 0.5, 0.08, 0.06, chart_questions=(6, 10))
 
 
 @dataclass(frozen=True)
-class PairSettings:
+class PairSettings(PartSettings):
     """How the pair is trained.
 
     Attributes:
-        init: folder with ``language``, ``vision`` and ``projector.safetensors`` to start from.
-        out: folder to write them to.
+        init: folder with ``language``, ``vision`` and ``projector.safetensors`` to start from;
+            ``out`` gets the same.
+        stretch: see ``warped``.
     """
 
-    run: Path
-    out: Path
     steps: int = 4000
     batch: int = 12
     seed: int = 51
-    ring: int = 4000
     renew: int = 6
-    workers: int = 1
-    device: str = "cpu"
-    held: int = 64
     init: Path = Path("data/tiny")
     stretch: float = 0.04
 
@@ -121,14 +123,13 @@ def train_pair(settings: PairSettings) -> None:
     trainee = ReadingPair(settings)
     run_loop(
         trainee,
-        Optimisers(trainee, matrix_rate=1.2e-3, other_rate=8e-4),
+        Optimisers(trainee, matrix_rate=7e-4, other_rate=5e-4),
         settings.run,
         steps=settings.steps,
         warmup=100,
         cooldown=0.85,
         measure_every=500,
         save_every=250,
-        report=lambda line: print(line, flush=True),
     )
     save_bf16(trainee.reader, "language", settings.out / "language")
     save_tokenizer(settings.out / "language")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from proxyv.model.stage1 import read_stage1, write_stage1
 from proxyv.synthetic.world import Mix
-from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop
+from proxyv.train.stage0.loop import Optimisers, PartSettings, Trainee, load_bf16, run_loop
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import patch_targets, to_tensor
 from proxyv.train.stage0.tower import GRID, PAGE_HW, PATCH_PX, ReadingTower, TowerSettings
@@ -56,17 +56,19 @@ class Projector(nn.Module):
 
 
 @dataclass(frozen=True)
-class ProjectorSettings:
-    """How the projector is fitted."""
+class ProjectorSettings(PartSettings):
+    """How the projector is fitted.
 
-    run: Path
-    out: Path
+    Attributes:
+        language: folder of the language model.
+        vision: folder of the tower.
+        mix: kinds of page.
+    """
+
     steps: int = 420
-    batch: int = 32
     seed: int = 29
     ring: int = 1200
     renew: int = 8
-    workers: int = 1
     held: int = 48
     language: Path = Path("data/tiny/language")
     vision: Path = Path("data/tiny/vision")
@@ -100,10 +102,7 @@ class PageProjector(Trainee):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        if not self.ring.pages:
-            self.ring.drawn = step * settings.renew  # a resumed run goes on to new pages
-            self.ring.fill()
-        self.ring.renew(settings.renew)
+        self.ring.advance(step, settings.renew)
         rng = np.random.default_rng((settings.seed, step))
         pixels, slots, _ = self.ring.batch(rng, settings.batch, PATCH_PX, shift_px=5)
         return self.unexplained(to_tensor(pixels), torch.from_numpy(slots)), {}
@@ -135,6 +134,5 @@ def train_projector(settings: ProjectorSettings) -> None:
         cooldown=0.6,
         measure_every=settings.steps,
         save_every=100,
-        report=lambda line: print(line, flush=True),
     )
     trainee.projector.save(settings.out, trainee.frozen[0].target[0].newline)

@@ -22,7 +22,14 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from proxyv.synthetic.page import Split
 from proxyv.synthetic.world import Mix
-from proxyv.train.stage0.loop import Optimisers, Trainee, load_bf16, run_loop, save_bf16
+from proxyv.train.stage0.loop import (
+    Optimisers,
+    PartSettings,
+    Trainee,
+    load_bf16,
+    run_loop,
+    save_bf16,
+)
 from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, held_out
 from proxyv.train.stage0.targets import (
@@ -57,18 +64,20 @@ def tower_config() -> CLIPVisionConfig:
 
 
 @dataclass(frozen=True)
-class TowerSettings:
-    """How the tower is trained."""
+class TowerSettings(PartSettings):
+    """How the tower is trained.
 
-    run: Path
-    out: Path
+    Attributes:
+        init: an earlier tower to start from.
+        language: folder of the language model whose page table it learns to say.
+        stretch: see ``warped``.
+        tint: share of the pages that are printed in other colours.
+        mix: kinds of page.
+    """
+
     steps: int = 9000
-    batch: int = 32
     seed: int = 11
     ring: int = 6000
-    renew: int = 5
-    workers: int = 1
-    device: str = "cpu"
     held: int = 96
     init: Path | None = None
     language: Path = Path("data/tiny/language")
@@ -122,10 +131,7 @@ class ReadingTower(Trainee):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        if not self.ring.pages:
-            self.ring.drawn = step * settings.renew  # a resumed run goes on to new pages
-            self.ring.fill()
-        self.ring.renew(settings.renew)
+        self.ring.advance(step, settings.renew)
         rng = np.random.default_rng((settings.seed, step))
         pixels, slots, _ = self.ring.batch(
             rng, settings.batch, PATCH_PX, 7, settings.stretch, settings.tint
@@ -205,6 +211,5 @@ def train_tower(settings: TowerSettings) -> None:
         cooldown=0.75 if settings.init else 0.35,
         measure_every=500,
         save_every=250,
-        report=lambda line: print(line, flush=True),
     )
     save_bf16(trainee, "tower", settings.out)
