@@ -7,6 +7,8 @@
 #   bash scripts/reproduce.sh tiny --tiers 1,2,3   every arm, ablations too
 #   bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2
 #   python -m proxyv.reproduce status --preset tiny
+#   OMP_NUM_THREADS=1 bash scripts/reproduce.sh    in each of two terminals: runs beside each other
+#                                                  share the arms, and two threads do more that way
 #
 # Result files: docs/results/reproduction/PRESET; report: docs/results/reproduction.md.
 # The exit code is that of the run: 1 where an arm failed, 143 where SIGTERM made it stop.

@@ -26,11 +26,12 @@ from proxyv.profiling.shapes import with_start
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
-from proxyv.reproduce.results import pack, read_result, unpack
+from proxyv.reproduce.results import pack, unpack
 from proxyv.study.kept import kept_patches
 from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
 from proxyv.train.build import build_on_meta
+from proxyv.train.lock import only_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -212,9 +213,22 @@ def test_a_changed_preset_is_refused(interrupted: Path, tmp_path: Path) -> None:
     changed = PLAN.format(folder=interrupted).replace("seed: 3", "seed: 4")
     (tmp_path / "mini.yaml").write_text(changed)
     places = ["--runs", str(interrupted / "runs"), "--results", str(tmp_path)]
-    assert main(["run", "--preset", str(tmp_path / "mini.yaml"), "--seeds", "1", *places]) == 1
-    error = read_result(tmp_path / "mini" / "baseline-seed1.json").content["error"]
-    assert "'seed': 3" in error and "'seed': 4" in error
+    with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4"):
+        main(["run", "--preset", str(tmp_path / "mini.yaml"), "--seeds", "1", *places])
+    assert not list(tmp_path.glob("**/*.json"))  # before any arm
+
+
+def test_runs_beside_each_other_share_the_arms(
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While another process works on the baseline, what needs its model is left to that one."""
+    ours = ["--arms", "prumerge,proxyv-early", "--seeds", "1", "--results", str(tmp_path)]
+    with only_run(interrupted / "runs" / "mini" / "baseline-seed1"):
+        assert run(interrupted, *ours) == 0
+        assert "left to other runs: prumerge-seed1" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("mini/*")] == ["proxyv-early-seed1.json"]
+    assert run(interrupted, *ours) == 0
+    assert (tmp_path / "mini" / "prumerge-seed1.json").is_file()
 
 
 def test_shipped_presets_are_complete() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="do what is left; arms that are done are skipped")
+    run = commands.add_parser(
+        "run", help="do what is left; runs started beside each other share it"
+    )
     status = commands.add_parser("status", help="what is done, what is left, and how long it takes")
     report = commands.add_parser("report", help="write the report from the result files")
     for sub in (run, status):
@@ -83,31 +86,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
-    """Do every job that is not done; one that fails is recorded, and the next goes on."""
+    """Do every job that is not done; one that fails is recorded, and the next goes on.
+
+    Runs beside this one take other jobs: each holds the folder of the model that it works on.
+    """
     from proxyv.reproduce.results import FAILED, read_result, result_file, write_result
-    from proxyv.reproduce.work import failure, run_curve, run_job
-    from proxyv.train.lock import only_run
+    from proxyv.reproduce.work import failure, make_world, run_curve, run_job
+    from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     progress = Progress(jobs, results, console.print)
-    with only_run(runs):
-        for job in jobs:
-            path = result_file(results, job)
-            found = read_result(path)
-            if found is not None and found.done:
-                progress.skip(job)
-                continue
-            progress.begin(job)
-            try:
-                content = run_job(plan, job, runs, console.print)
-            except Interrupted as stopped:
-                console.print(str(stopped))
-                return 128 + stopped.number
-            except Exception as error:  # whatever an arm fails of, the others are worth running
-                content = failure(plan, job, error)
-            write_result(path, content)
-            progress.end(job, content)
+    with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it
+        world = make_world(plan, runs)
+
+    def work(job: Job) -> None:
+        path = result_file(results, job)
+        found = read_result(path)
+        if found is not None and found.done:
+            progress.skip(job)
+            return
+        progress.begin(job)
+        try:
+            content = run_job(plan, job, runs, world, console.print)
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever an arm fails of, the others are worth running
+            content = failure(plan, job, error)
+        write_result(path, content)
+        progress.end(job, content)
+
+    left, seen = list(jobs), len(jobs) + 1
+    try:
+        while len(left) < seen:  # until all that is left is in other hands
+            seen, tried, left = len(left), left, []
+            for job in tried:
+                try:
+                    with only_run(runs / plan.trained(job).name, wait_seconds=0):
+                        work(job)
+                except Busy:
+                    left.append(job)
+    except Interrupted as stopped:
+        console.print(str(stopped))
+        return 128 + stopped.number
+    if left:
+        console.print(f"left to other runs: {', '.join(job.name for job in left)}")
+    else:
         run_curve(plan, runs, results, console.print)
     failed = [
         job.name for job in jobs if (r := read_result(result_file(results, job))) and not r.done

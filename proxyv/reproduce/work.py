@@ -83,13 +83,16 @@ def make_world(plan: Plan, runs: Path) -> Path:
     return folder
 
 
-def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_job(
+    plan: Plan, job: Job, runs: Path, world: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Do what is left of a job.
 
     Args:
         plan: the preset.
         job: the arm and its seed.
         runs: folder of the preset's runs.
+        world: see `make_world`.
         say: takes lines for the user.
 
     Returns:
@@ -101,7 +104,6 @@ def run_job(plan: Plan, job: Job, runs: Path, say: Callable[[str], None]) -> dic
         Interrupted: SIGTERM; a checkpoint was saved.
     """
     started = time.monotonic()
-    world = make_world(plan, runs)
     source = plan.trained(job)
     trained = {stage: train_job(plan, source, stage, runs) for stage in STAGES}
     model = runs / source.name / "finetune"

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["only_run"]
+__all__ = ["Busy", "only_run"]
 
 _NAME = ".lock"
+
+
+class Busy(ValueError):
+    """Another run holds the folder."""
 
 
 @contextmanager
@@ -22,7 +26,7 @@ def only_run(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
         wait_seconds: how long a run that is just dying may take.
 
     Raises:
-        ValueError: another run does not let go of the folder.
+        Busy: another run does not let go of the folder.
         OSError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,7 @@ def only_run(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise ValueError(
+                    raise Busy(
                         f"run.output_dir: another run is at work in {folder}; stop it, or give "
                         "this one another folder"
                     ) from None
