@@ -4,7 +4,7 @@
 #
 # An active virtual or conda environment is used; otherwise .venv is made in the repository.
 # PROXYV_ENV=as-is takes the python on the path and installs nothing, for machines without a network. torch is pinned: on a machine without an NVIDIA GPU the CPU build is taken, so that
-# no CUDA packages arrive. A stamp in the environment makes the second call cost nothing.
+# no CUDA packages arrive. A stamp for each extra in the environment makes the second call cost nothing.
 
 proxyv_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 proxyv_torch=2.13.0
@@ -44,7 +44,7 @@ _install_torch() {
 
 # ensure_env EXTRA...: an environment in which proxyv[EXTRA,...] is installed, and active.
 ensure_env() {
-    local extras stamp want
+    local extras extra stamp want stands=yes
     extras=$(IFS=,; echo "$*")
     if [ "${PROXYV_ENV:-}" = as-is ]; then
         export PYTHONPATH=$proxyv_root${PYTHONPATH:+:$PYTHONPATH}
@@ -61,12 +61,15 @@ ensure_env() {
         . "$proxyv_root/.venv/bin/activate"
     fi
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    stamp=${VIRTUAL_ENV:-$CONDA_PREFIX}/.proxyv-${extras//,/-}
+    stamp=${VIRTUAL_ENV:-$CONDA_PREFIX}/.proxyv-
     want="$proxyv_root $(cksum <"$proxyv_root/pyproject.toml")"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+    for extra in "$@"; do
+        [ "$(cat "$stamp$extra" 2>/dev/null)" = "$want" ] || stands=
+    done
+    if [ -z "$stands" ]; then
         _install_torch || fail "torch $proxyv_torch could not be installed"
         say "installing proxyv[$extras]"
         python -m pip install -q -e "$proxyv_root[$extras]" || fail "installation failed"
-        printf '%s' "$want" >"$stamp"
+        for extra in "$@"; do printf '%s' "$want" >"$stamp$extra"; done
     fi
 }

@@ -247,6 +247,9 @@ def test_shipped_presets_are_complete() -> None:
             if job.arm.checkpoint is None and job.seed == plan.seeds[0]:
                 settings = plan.stage(job, "finetune", Path("runs"))
                 assert settings.model.init_from == f"runs/{job.name}/pretrain"
+                first = plan.stage(job, "pretrain", Path("runs"))
+                epochs = {"tiny": (0.5, 1.0), "smol": (2.0, 2.0)}[name]
+                assert (first.optim.epochs, settings.optim.epochs) == epochs
                 assert settings.run.seed == job.seed
 
 

@@ -75,6 +75,7 @@ class Plan:
         seeds: of training.
         arms: by name.
         settings: training settings of all arms, by section.
+        pretrain_settings: those of stage 1 alone.
         later_seeds: how many of the seeds tiers 2 and 3 take.
         batch_size: questions at a time.
         answer_tokens: longest answer of some tasks; the others are as long as published.
@@ -92,6 +93,7 @@ class Plan:
     seeds: Sequence[int]
     arms: Mapping[str, Arm]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    pretrain_settings: Mapping[str, Any] = field(default_factory=dict)
     later_seeds: int = 1
     batch_size: int = 16
     answer_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -134,7 +136,8 @@ class Plan:
         }
         if stage == "finetune":
             own["model.init_from"] = str(folder / "pretrain")
-        values = {**_flat(self.settings), **own}
+        shared = self.pretrain_settings if stage == "pretrain" else {}
+        values = {**_flat(self.settings), **_flat(shared), **own}
         path = ROOT / getattr(self, stage)
         return load_settings(path, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
