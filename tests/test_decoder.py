@@ -75,18 +75,22 @@ def test_no_mask_larger_than_needed_at_2880_vision_tokens(attention_masks, gener
     assert watch.largest == num_light * length
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("layout", "side", "masked"),
+    ("start_layer", "layout", "side", "masked"),
     [
-        ("natural", "right", False),
-        ("natural", "left", True),
-        ("released", "right", True),
+        (2, "natural", "right", False),
+        (2, "natural", "left", True),
+        (2, "released", "right", True),
+        (None, "natural", "right", False),
+        (None, "natural", "left", True),
     ],
 )
 def test_ordinary_layers_get_a_mask_only_where_one_is_needed(
-    attention_masks, generator, layout, side, masked
+    attention_masks, generator, start_layer, layout, side, masked, training
 ) -> None:
-    model = tiny_model(layout=layout)
+    """Training has no cache, and transformers then looks at the positions too."""
+    model = tiny_model(layout=layout, start_layer=start_layer).train(training)
     rows = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [4, "1", 1])]
     batch = collate(rows, side)
     with torch.no_grad():

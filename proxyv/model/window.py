@@ -55,7 +55,14 @@ class Window:
         return self.left_padded or self.past_valid.shape[1] > 0
 
     def position_ids(self) -> Tensor:
-        """(B, S) positions counted over real tokens only, as generation counts them."""
+        """(B, S) positions counted over real tokens only, as generation counts them.
+
+        Padding that no real row can see is counted on, since positions that stand still read to
+        transformers like several sequences in one row, for which it would build a mask.
+        """
+        if not self.needs_mask:
+            B, S = self.real.shape
+            return torch.arange(S, device=self.real.device).expand(B, S)
         valid = torch.cat([self.past_valid, self.real], dim=1)
         return count_positions(valid)[:, self.past_valid.shape[1] :]
 
