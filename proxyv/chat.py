@@ -89,8 +89,7 @@ def _read_question() -> str | None:
 
 
 def _open(path: Path) -> Image.Image:
-    from proxyv.data.images import DataError
-    from proxyv.eval.images import image_of_bytes
+    from proxyv.data.images import DataError, image_of_bytes
 
     if not path.is_file():
         raise CommandError(f"--image {path}: no such file")

@@ -5,13 +5,17 @@
 #   bash scripts/quickstart.sh                          ProxyV from layer 3 of 8
 #   bash scripts/quickstart.sh model.start_layer=null   the same model without ProxyV
 #
-# Arguments are overrides for both stages. Results land in runs/quickstart (RUNS changes the place).
+# Arguments are overrides for both stages. Results land in runs/quickstart, those of the model without
+# ProxyV in runs/quickstart-baseline (RUNS changes the place, WORLD that of the pages).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 ensure_env train eval synthetic
 
-runs=${RUNS:-runs/quickstart}
+case " $* " in
+    *" model.start_layer=null "*) runs=${RUNS:-runs/quickstart-baseline} ;;
+    *) runs=${RUNS:-runs/quickstart} ;;
+esac
 world=${WORLD:-data/generated}
 began=$SECONDS
 stamp() { say "$(printf '[%d:%02d] %s' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*")"; }
@@ -27,17 +31,19 @@ else
 fi
 
 stamp "2/5 stage 1: projector, newline token and ProxyV modules learn to connect tower and LLM"
-bash scripts/pretrain.sh tiny "run.output_dir=$runs/pretrain" run.overwrite=true "$@"
+bash scripts/pretrain.sh tiny "data.annotations=$world/sharegpt4v/captions.json" "data.images=$world" \
+    "run.output_dir=$runs/pretrain" run.overwrite=true "$@"
 
 stamp "3/5 stage 2: the language model learns along"
-bash scripts/finetune.sh tiny "model.init_from=$runs/pretrain" "run.output_dir=$runs/finetune" run.overwrite=true "$@"
+bash scripts/finetune.sh tiny "data.annotations=$world/llava_next/conversations.json" "data.images=$world" \
+    "model.init_from=$runs/pretrain" "run.output_dir=$runs/finetune" run.overwrite=true "$@"
 
 stamp "4/5 evaluation on pages, typefaces and layouts that training never showed"
 python -m proxyv.eval --model "$runs/finetune" --tasks docvqa,chartqa --data "$world" \
-    --output "$runs/eval"
+    --output "$runs/eval" --overwrite
 for control in shuffled-images blank-images question-only; do
     python -m proxyv.eval --model "$runs/finetune" --tasks docvqa,chartqa --data "$world" \
-        --control "$control" --output "$runs/eval-$control"
+        --control "$control" --output "$runs/eval-$control" --overwrite
 done
 
 stamp "5/5 ask it something"

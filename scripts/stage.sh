@@ -1,7 +1,8 @@
 # Sourced by pretrain.sh and finetune.sh, which set stage: finds the preset and the ranks, and runs.
 #
 # Arguments: [preset] [section.name=value ...] [--dry-run]
-# Environment: NPROC, the number of ranks here (default: the visible GPUs, or 1 without one); for
+# Environment: NPROC, the number of ranks here (default: the visible GPUs, or 1 without one and for the
+#   small model); for
 #   several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or what srun sets (slurm.sh).
 #   Under torchrun (torchrun --no-python ... bash scripts/pretrain.sh PRESET) it is one of the ranks.
 # The exit code is that of the run: 0, 2 for a mistake, 143 when SIGTERM made it save and stop.
@@ -35,7 +36,10 @@ case "${1:-}" in
         ;;
 esac
 
+ranks=$((gpus > 0 ? gpus : 1))
+case $preset in tiny | tiny-*) ranks=1 ;; esac # a step of it is one micro-batch
+
 . scripts/env.sh
 ensure_env train
 exec python -m proxyv.train --preset "$preset" --stage "$stage" \
-    --nproc "${NPROC:-$((gpus > 0 ? gpus : 1))}" "$@"
+    --nproc "${NPROC:-$ranks}" "$@"

@@ -99,10 +99,13 @@ def test_learned_proxies_go_by_the_released_names() -> None:
         load_released(model, spatial)
 
 
-def test_half_of_a_pair_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("there", "gone"), [("merge_input", "merge_context"), ("merge_context", "merge_input")]
+)
+def test_half_of_a_pair_is_refused(there: str, gone: str) -> None:
     state = dict(tiny_model(start_layer=3).state_dict())
-    del state["model.language_model.layers.3.guided_update.merge_context.weight"]
-    with pytest.raises(ValueError, match=r"merge_input.*merge_context"):
+    del state[f"model.language_model.layers.3.guided_update.{gone}.weight"]
+    with pytest.raises(ValueError, match=f"{there}.*{gone}"):
         to_released(state, 3)
 
 

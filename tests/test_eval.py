@@ -23,12 +23,13 @@ from PIL import Image
 from rich.console import Console
 
 from proxyv.cli import CommandError, run_command
+from proxyv.data.images import image_of_bytes
 from proxyv.eval import provenance
 from proxyv.eval.__main__ import main
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
-from proxyv.eval.images import image_of_bytes, row_images
+from proxyv.eval.images import row_images
 from proxyv.eval.plan import make_batches, make_items
 from proxyv.eval.records import read_records, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
@@ -252,10 +253,11 @@ def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
     whole = png(77, (400, 300))
     rows[4]["image"] = {"bytes": whole[: len(whole) // 2], "path": None}  # the header is good
     rows[5]["question"] = None
+    del rows[6]["image"], rows[7]["questionId"]
     result, _ = run(rows, tmp_path, batch_size=3)
-    assert result["failed"] == 5
+    assert result["failed"] == 6
     assert result["scores"]["anls"] == {
-        "value": pytest.approx(3 / 8),
+        "value": pytest.approx(2 / 8),
         "interval": result["scores"]["anls"]["interval"],
         "samples": 8,
     }
@@ -264,9 +266,10 @@ def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "missing.png cannot be read" in errors["1002"]
     assert "15 bytes is not an image" in errors["1003"] and "cannot be decoded" in errors["1004"]
     assert "'question' holds None" in errors["1005"]
+    assert "row 6 has no image" in errors["1006"]
     rows[2] = document_rows(8)[2]  # mended: only failed samples are tried again
     result, _ = run(rows, tmp_path, batch_size=3)
-    assert result["failed"] == 4
+    assert result["failed"] == 5
 
 
 def test_limit_says_what_it_leaves_out(tmp_path: Path) -> None:

@@ -58,6 +58,22 @@ def test_the_right_answers_get_the_full_score(name: str, world: Path) -> None:
         assert right["doc_edit_distance"].value == 0.0 < wrong["doc_edit_distance"].value
 
 
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_a_row_of_json_may_lack_any_key(name: str, world: Path) -> None:
+    """It has a name still, and is asked or refused with the reason."""
+    benchmark = BENCHMARKS[name]
+    rows = load_rows(benchmark, world)
+    for gone in dict(rows[0]):
+        row = {key: value for key, value in rows[0].items() if key != gone}
+        assert benchmark.question_id(7, row)
+        for read in (benchmark.questions, benchmark.images, benchmark.kind, benchmark.group):
+            read(row)
+        try:
+            assert benchmark.sample(7, row).prompt
+        except ValueError as error:
+            assert gone in str(error) or "message" in str(error)
+
+
 @pytest.mark.parametrize("name", ["docvqa_test", "infovqa_test"])
 def test_test_splits_keep_their_answers_back(name: str, world: Path) -> None:
     records = records_of(name, world, lambda _: "a word")

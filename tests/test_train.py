@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -391,6 +392,12 @@ def test_stage_two_refuses_what_does_not_fit(two_stages, world, tmp_path):
     nowhere = settings_for(world, "finetune", **{**base, "model.init_from": tmp_path / "gone"})
     with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no config\.json\)"):
         starting_folder(nowhere)
+    broken = tmp_path / "broken"
+    shutil.copytree(two_stages["pretrain"], broken)
+    (broken / "finished.json").unlink()  # as while it is trained again
+    again = settings_for(world, "finetune", **{**base, "model.init_from": broken})
+    with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no finished\.json\)"):
+        starting_folder(again)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +443,8 @@ def test_the_bare_script_asks_for_a_preset_where_gpus_are(stage):
             ["vicuna-7b", "--dry-run"],
             "--preset vicuna-7b --stage pretrain --nproc 2 --dry-run",
         ),
+        ("0,1", ["tiny"], "--preset tiny --stage pretrain --nproc 1"),
+        ("0,1", ["tiny-baseline"], "--preset tiny-baseline --stage pretrain --nproc 1"),
     ],
 )
 def test_the_script_passes_preset_ranks_and_exit_code(tmp_path, gpus, arguments, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from proxyv.model.images import to_rgb
 
-__all__ = ["FAULTS", "DataError", "ImageFolder", "ImageRef"]
+__all__ = ["FAULTS", "DataError", "ImageFolder", "ImageRef", "image_of_bytes"]
 
 Read = TypeVar("Read")
 _ORIENTATION = 0x0112  # Exif: values from 5 on swap height and width
@@ -170,3 +171,11 @@ class ImageRef:
             kind, cause = "corrupt image", error
             text = f"{name} cannot be decoded (corrupt?): {error}"
         raise DataError(f"{self.where}: {text}", kind) from cause
+
+
+_ANY_SIZE = ImageFolder(None, max_megapixels=math.inf)  # PIL's own limit stays
+
+
+def image_of_bytes(content: bytes, where: str) -> ImageRef:
+    """An encoded image, and what to call it when it fails."""
+    return ImageRef(_ANY_SIZE, content, where)

@@ -259,7 +259,10 @@ def open_source(
         ValueError: a file of another kind.
     """
     if images is not None and not os.path.isdir(images):
-        raise FileNotFoundError(f"data.images: no folder {images!r}")
+        raise FileNotFoundError(
+            f"data.images: no folder {images!r}; data/README.md says where real sets come from, "
+            "and python -m proxyv.synthetic --out data/generated draws the small one"
+        )
     folder = ImageFolder(None if images is None else Path(images), **limits)
     path = Path(annotations)
     if path.suffix in (".yaml", ".yml"):

@@ -118,7 +118,9 @@ def _reduction(given: str | None) -> dict[str, Any]:
 
 
 def _default_output(model: str, control: str | None, reduction: str | None) -> Path:
-    name = Path(model).name or Path(model).resolve().name
+    path = Path(model) if Path(model).name else Path(model).resolve()
+    stage = path.name in ("pretrain", "finetune")  # of many models
+    name = f"{path.parent.name}-{path.name}" if stage else path.name
     if reduction is not None:
         name += f"-{(parse_options(reduction) or {}).get('method', 'none')}"
     return Path("runs", "eval", f"{name}-{control}" if control else name)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proxyv.data.images import DataError, ImageFolder, ImageRef
+from proxyv.data.images import DataError, ImageRef, image_of_bytes
 from proxyv.eval.benchmarks import Benchmark
 from proxyv.eval.sources import Rows
 
-__all__ = ["image_of_bytes", "row_images"]
-
-_ANY_SIZE = ImageFolder(None, max_megapixels=math.inf)  # PIL's own limit stays
+__all__ = ["row_images"]
 
 
 def row_images(benchmark: Benchmark, rows: Rows, index: int) -> list[ImageRef]:
@@ -28,11 +25,6 @@ def row_images(benchmark: Benchmark, rows: Rows, index: int) -> list[ImageRef]:
     if not cells:
         raise DataError(f"{where} has no image", "missing image")
     return [image_of_bytes(_content(cell, rows.folder, where), where) for cell in cells]
-
-
-def image_of_bytes(content: bytes, where: str) -> ImageRef:
-    """An encoded image, and what to call it when it fails."""
-    return ImageRef(_ANY_SIZE, content, where)
 
 
 def _content(cell: Any, folder: Path | None, where: str) -> bytes:

@@ -43,6 +43,10 @@ _GUIDED = {
 }
 _INITIALIZER = {"proxyv_tokens": "queries", "Wk.weight": "key_proj.weight"}
 _INITIALIZER_BACK = {ours: theirs for theirs, ours in _INITIALIZER.items()}
+_HALVES = {
+    "merge_input.weight": ("merge_input", "merge_context"),
+    "merge_context.weight": ("merge_context", "merge_input"),
+}
 _GUIDED_BACK = {ours: theirs for theirs, ours in _GUIDED.items()}
 
 
@@ -105,13 +109,15 @@ def to_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[st
             continue
         prefix = f"model.vision_mlp_layers.{int(match[1]) - (start_layer or 0)}."
         part = match[2]
+        if part in _HALVES:
+            own, other = _HALVES[part]
+            pair = name.replace(own, other)
+            if pair not in state:
+                raise ValueError(f"{name} is there, but its other half {other} is not")
         if part == "merge_context.weight":
-            continue
+            continue  # goes with the other
         if part == "merge_input.weight":
-            other = state.get(name.replace("merge_input", "merge_context"))
-            if other is None:
-                raise ValueError(f"{name} is there, but its other half merge_context is not")
-            renamed[prefix + "proj.0.weight"] = torch.cat([tensor, other], dim=1)
+            renamed[prefix + "proj.0.weight"] = torch.cat([tensor, state[pair]], dim=1)
         else:
             renamed[prefix + _GUIDED_BACK.get(part, part)] = tensor
     return renamed

@@ -29,10 +29,10 @@ from proxyv.reproduce.cost import arm_cost, page_crops
 from proxyv.reproduce.plan import STAGES, Job, Plan
 from proxyv.reproduce.results import CURVE, DONE, FAILED, task_entry
 from proxyv.study.__main__ import main as study
-from proxyv.train.build import resolve
+from proxyv.train.build import FINISHED, SETTINGS, resolve
 from proxyv.train.config_files import load_settings
 from proxyv.train.launch import prepare_rank
-from proxyv.train.run import FINISHED, identity, train
+from proxyv.train.run import identity, train
 from proxyv.train.settings import Settings
 
 __all__ = ["BriefAnswerer", "failure", "make_world", "run_curve", "run_job", "train_job"]
@@ -204,7 +204,7 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    found, wanted = (identity(s, 1) for s in (load_settings(folder / "run.yaml"), settings))
+    found, wanted = (identity(s, 1) for s in (load_settings(folder / SETTINGS), settings))
     for key, value in wanted.items():
         if found[key] != value:
             raise ValueError(

@@ -13,7 +13,6 @@ from functools import cache
 
 import numpy as np
 from faker.providers.address.en_US import Provider as AddressWords
-from faker.providers.company.en_US import Provider as CompanyWords
 from faker.providers.job import Provider as JobWords
 from faker.providers.lorem.en_US import Provider as LoremWords
 from faker.providers.person.en_US import Provider as PersonWords
@@ -46,10 +45,7 @@ def _pool(name: str) -> tuple[str, ...]:
         "first": tuple(PersonWords.first_names),
         "last": tuple(PersonWords.last_names),
         "job": tuple(JobWords.jobs),
-        "company_suffix": tuple(CompanyWords.company_suffixes),
         "city_suffix": tuple(AddressWords.city_suffixes),
-        "street_suffix": tuple(AddressWords.street_suffixes),
-        "state": tuple(AddressWords.states),
         "noun": tuple(lorem["noun"]),
         "adjective": tuple(lorem["adjective"]),
         "verb": tuple(lorem["verb"]),

@@ -28,6 +28,8 @@ from proxyv.train.sharding import build_in_shares, in_shares
 from proxyv.train.stages import apply_stage
 
 __all__ = [
+    "FINISHED",
+    "SETTINGS",
     "Built",
     "build",
     "build_on_meta",
@@ -35,6 +37,12 @@ __all__ = [
     "resolve",
     "starting_folder",
 ]
+
+FINISHED = "finished.json"
+"""A run's summary, written last: a folder without it holds a run that is going on, or broke off."""
+
+SETTINGS = "run.yaml"
+"""The resolved settings of a run, written first."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
@@ -102,9 +110,10 @@ def starting_folder(settings: Settings) -> Path | None:
     if given is None:
         return None
     folder = _default_folder(settings.model, "pretrain") if given == "auto" else Path(given)
-    missing = [
-        name for name in ("config.json", "processor_config.json") if not (folder / name).is_file()
-    ]
+    needed = ["config.json", "processor_config.json"]
+    if (folder / SETTINGS).is_file():  # a run of this package, and not a converted checkpoint
+        needed.append(FINISHED)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         how = "run scripts/pretrain.sh first" if given == "auto" else "name the folder of one"
         raise FileNotFoundError(

@@ -78,4 +78,4 @@ def _length(settings: Settings, ranks: int) -> str:
     else:
         return f"steps unknown: {data.annotations} is not on this machine"
     rows = rows if data.limit is None else min(rows, data.limit)
-    return f"{rows:,} {origin}, {total_steps(settings, rows, ranks):,} steps an epoch"
+    return f"{rows:,} {origin}, {total_steps(settings, rows, ranks):,} steps"

@@ -27,7 +27,15 @@ from proxyv.data.scan import scan_rows
 from proxyv.data.sources import Source, open_source
 from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
-from proxyv.train.build import Built, build, output_folder, resolve, starting_folder
+from proxyv.train.build import (
+    FINISHED,
+    SETTINGS,
+    Built,
+    build,
+    output_folder,
+    resolve,
+    starting_folder,
+)
 from proxyv.train.checkpoints import Checkpoints
 from proxyv.train.config_files import settings_yaml, write_atomically
 from proxyv.train.lock import only_run
@@ -37,10 +45,7 @@ from proxyv.train.signals import Interrupted, StopOnSignal
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
-__all__ = ["FINISHED", "identity", "open_data", "parts_table", "train"]
-
-FINISHED = "finished.json"
-"""Written last into a run's folder: the run is complete."""
+__all__ = ["identity", "open_data", "parts_table", "train"]
 
 
 def open_data(settings: Settings) -> Source:
@@ -185,7 +190,7 @@ def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | No
             trainer.checkpoints.clear()
         (folder / FINISHED).unlink(missing_ok=True)
         trainer.checkpoints.remove_partial()
-        write_atomically(folder / "run.yaml", _header() + settings_yaml(settings))
+        write_atomically(folder / SETTINGS, _header() + settings_yaml(settings))
     trainer.accelerator.wait_for_everyone()
     checkpoint = trainer.checkpoints.latest()
     if checkpoint is None:

@@ -91,6 +91,7 @@ class Benchmark(ABC):
         split: the split that is scored.
         columns: columns that a row must have; ``a|b`` stands for one of two.
         image_table: where the images are, None where each row has its own.
+        id_column: holds the data set's own id, None where the row number is taken.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
         is_share: whether that score is a share, which can be averaged with those of others.
@@ -107,6 +108,7 @@ class Benchmark(ABC):
     split: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     image_table: ClassVar[ImageTable | None] = None
+    id_column: ClassVar[str | None] = None
     max_new_tokens: ClassVar[int]
     main_score: ClassVar[str]
     is_share: ClassVar[bool] = True
@@ -126,7 +128,8 @@ class Benchmark(ABC):
 
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
         """Name a row, also one that is otherwise unusable."""
-        return str(index)
+        own = None if self.id_column is None else row.get(self.id_column)
+        return str(index) if own is None else str(own)
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The part of the data set a row belongs to, also of one that is otherwise unusable."""
@@ -138,7 +141,7 @@ class Benchmark(ABC):
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The encoded images of a row, in the order in which the model sees them."""
-        return [row["image"]]
+        return [row.get("image")]
 
     @abstractmethod
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:

@@ -47,7 +47,7 @@ class CCpdf(Benchmark):
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The page, which the data put into a list."""
-        cell = row["image"]
+        cell = row.get("image")
         return list(cell) if isinstance(cell, list | tuple) else [cell]
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:

@@ -36,12 +36,9 @@ class DocVQA(Benchmark):
     split = "validation"
     columns: ClassVar[tuple[str, ...]] = ("questionId", "question", "image", "answers")
     max_new_tokens = 32
+    id_column = "questionId"
     main_score = "anls"
     document_column = "docId"
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The data set's own id."""
-        return str(row["questionId"])
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

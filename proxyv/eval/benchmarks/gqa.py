@@ -37,11 +37,8 @@ class GQA(Benchmark):
     columns = ("id", "imageId", "question", "answer")
     image_table = ImageTable("testdev_balanced_images", "imageId", "id")
     max_new_tokens = 16
+    id_column = "id"
     main_score = "exact_match"
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The data set's own id."""
-        return str(row["id"])
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

@@ -39,12 +39,9 @@ class MMBench(Benchmark):
     split = "dev"
     columns = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category", "image")
     max_new_tokens = 1024
+    id_column = "index"
     main_score = "circular_accuracy"
     limit_note = "rotations are left out, and the score turns into accuracy without rotations"
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The data set's number; rotations add millions to it."""
-        return str(row["index"])
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The ability that is tested."""
@@ -52,11 +49,11 @@ class MMBench(Benchmark):
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""
-        number = str(row["index"])
+        number = str(row.get("index"))
         if not number.isdecimal():
             raise ValueError(f"column 'index' holds {number!r}, a whole number is needed")
         question = text_cell(row, "question")
-        hint = f"{row['hint']} " if _is_given(row["hint"]) else ""
+        hint = f"{row['hint']} " if _is_given(row.get("hint")) else ""
         options = [f"{x}. {row[x]}" for x in LETTERS if row.get(x) and _is_given(row[x])]
         lines = [f"{hint}{question} There are several options:", *options, INSTRUCTION]
         return Sample(
@@ -66,7 +63,7 @@ class MMBench(Benchmark):
             references=(text_cell(row, "answer"),),
             kind=self.kind(row),
             document=str(int(number) % ROTATION),
-            details={"options": {x: str(row[x]) for x in SCORED_LETTERS if _is_there(row[x])}},
+            details={"options": {x: str(row[x]) for x in SCORED_LETTERS if _is_there(row.get(x))}},
         )
 
     def score(

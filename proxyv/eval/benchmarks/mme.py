@@ -42,6 +42,7 @@ class MME(Benchmark):
     split = "test"
     columns = ("question_id", "image", "question", "answer", "category")
     max_new_tokens = 16
+    id_column = "question_id"
     main_score = "mme_perception_score"
     is_share = False
     group_size = 2
@@ -50,10 +51,6 @@ class MME(Benchmark):
     def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Only the categories of perception."""
         return [{}] if row.get("category") in PERCEPTION else []
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The image, which both of its questions name."""
-        return str(row["question_id"])
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The category."""

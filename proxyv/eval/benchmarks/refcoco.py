@@ -46,6 +46,7 @@ class RefCOCO(Benchmark):
     repositories = ("lmms-lab-encoder/RefCOCO", "lmms-lab/RefCOCO")
     columns = ("question_id", "image", "answer", "bbox")
     max_new_tokens = 1024
+    id_column = "question_id"
     main_score = "refcoco_ACC@0.5"
     needs_image_size = True
 
@@ -55,10 +56,6 @@ class RefCOCO(Benchmark):
         if not isinstance(sentences, list | tuple) or not sentences:
             return [{}]  # `sample` says what is wrong with it
         return [{"answer": sentence} for sentence in sentences]
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The id of the object, which all its sentences share."""
-        return str(row["question_id"])
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row; the reference is still in pixels, as x, y, width, height."""

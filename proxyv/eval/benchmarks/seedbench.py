@@ -35,15 +35,12 @@ class SEEDBench(Benchmark):
     split = "test"
     columns = ("answer", *CHOICES.values(), "data_type", "question", "question_id", "image")
     max_new_tokens = 1024
+    id_column = "question_id"
     main_score = "seed_image"
 
     def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Only images."""
         return [{}] if row.get("data_type") == "image" else []
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The data set's own id."""
-        return str(row["question_id"])
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The kind of question, a number."""
@@ -51,12 +48,15 @@ class SEEDBench(Benchmark):
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The list of images of a row, one for this part of the data."""
-        cell = row["image"]
+        cell = row.get("image")
         return list(cell) if isinstance(cell, list | tuple) else [cell]
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""
         question = text_cell(row, "question")
+        missing = [column for column in CHOICES.values() if row.get(column) is None]
+        if missing:
+            raise ValueError(f"column {missing[0]!r} holds nothing, a choice is needed")
         options = [f"{letter}. {row[column]}" for letter, column in CHOICES.items()]
         instruction = "Answer with the option's letter from the given choices directly."
         return Sample(

@@ -35,11 +35,8 @@ class TextVQA(Benchmark):
     split = "validation"
     columns = ("question_id", "question", "image", "answers")
     max_new_tokens = 1024
+    id_column = "question_id"
     main_score = "exact_match"
-
-    def question_id(self, index: int, row: Mapping[str, Any]) -> str:
-        """The data set's own id."""
-        return str(row["question_id"])
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""
