@@ -35,6 +35,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from proxyv.cli import CommandError, nearest, run_command
 from proxyv.config import ProxyVConfig
 from proxyv.data.templates import TEMPLATES, mark_template, template_of
+from proxyv.eval.answerer import check_model_name
 from proxyv.model.card import model_card
 from proxyv.model.checkpoints import to_released
 from proxyv.model.internlm2 import convert_internlm2
@@ -104,6 +105,7 @@ def _folder(args: argparse.Namespace) -> str:
                 f"--{option.replace('_', '-')} is for stage-1 files (.bin, .safetensors), but "
                 f"SOURCE is {args.source}: leave it out"
             )
+    check_model_name(args.source, "SOURCE")
     try:
         release = is_release(args.source)
     except OSError as error:
@@ -141,7 +143,8 @@ def _to_release(args: argparse.Namespace) -> str:
     if not source.is_dir():
         raise CommandError(f"SOURCE {source}: no such folder; download the model first")
     config = ProxyVConfig.from_pretrained(source)
-    raw = to_released_config(config)
+    processor = ProxyVProcessor.from_pretrained(source)
+    raw = to_released_config(config, processor.image_aspect_ratio)
     state = to_released(read_weights(source), config.start_layer)
     args.out.mkdir(parents=True)
     save_torch_state_dict(state, args.out, filename_pattern="model{suffix}.safetensors")

@@ -232,6 +232,36 @@ def test_too_little_space_is_known_before_writing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+def test_sigterm_to_the_command_saves_though_every_process_gets_it(world, tmp_path):
+    """A launcher passes the signal on to the process group, workers of the loader included."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    values = {"run.output_dir": folder, "optim.max_steps": 5000, "deepspeed.config": "null"}
+    words = ["--config", "configs/tiny/pretrain.yaml"]
+    words += overrides(world, **values, **{"data.workers": 1, "run.save_steps": 0})
+    with open(log, "w", encoding="utf-8") as file:
+        command = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "proxyv.train",
+                "--config",
+                "configs/tiny/pretrain.yaml",
+                *words,
+            ],
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=file,
+            stderr=file,
+        )
+    while not (folder / "metrics.jsonl").is_file() and command.poll() is None:
+        time.sleep(0.1)
+    command.terminate()
+    assert command.wait(timeout=120) == 128 + signal.SIGTERM, log.read_text()
+    assert "stopped by signal 15 after step" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert len(find_checkpoints(folder)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 def test_twenty_kills_of_the_real_command():

@@ -262,4 +262,4 @@ def test_options_are_checked() -> None:
     assert config.num_proxies(config.side) == 0
     assert json.loads(config.to_json_string())["skip"] == "atn"
     with pytest.raises(ValueError, match="skip='atn' has no released form"):
-        to_released_config(config)
+        to_released_config(config, "anyres")

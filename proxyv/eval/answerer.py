@@ -279,7 +279,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, option: str = "--model") -> None:
     """Say in one line that a model is not there, before a library tries for half a minute.
 
     Raises:
@@ -287,14 +287,14 @@ def check_model_name(name: str) -> None:
     """
     if Path(name).is_dir():
         if not Path(name, "config.json").is_file():
-            raise CommandError(f"--model {name}: the folder has no config.json, it is no model")
+            raise CommandError(f"{option} {name}: the folder has no config.json, it is no model")
         return
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise CommandError(f"--model {name}: no such folder")
+        raise CommandError(f"{option} {name}: no such folder")
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and not hub_reachable():
         raise CommandError(
-            f"--model {name}: no such folder, and the Hugging Face hub cannot be reached to look "
+            f"{option} {name}: no such folder, and the Hugging Face hub cannot be reached to look "
             "for a model of that name (an earlier download is used with HF_HUB_OFFLINE=1)"
         )

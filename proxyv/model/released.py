@@ -272,11 +272,12 @@ def released_config(
     )
 
 
-def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
+def to_released_config(config: ProxyVConfig, image_aspect_ratio: str) -> dict[str, Any]:
     """A ``config.json`` in the released form; the inverse of ``released_config``.
 
     Args:
         config: ours.
+        image_aspect_ratio: how its processor cuts images, "anyres" or "pad".
 
     Returns:
         The keys that the authors' code reads, CLIP-L/14-336 named as the tower. What it cannot
@@ -327,7 +328,7 @@ def to_released_config(config: ProxyVConfig) -> dict[str, Any]:
             "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
         ),
         "mm_patch_merge_type": "flat",
-        "image_aspect_ratio": "anyres",
+        "image_aspect_ratio": image_aspect_ratio,
         "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
         "image_token_len_per_side": config.side,
         "per_crop_token_len": config.side**2,

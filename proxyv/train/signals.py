@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from proxyv.train.ranks import world_size
 
-__all__ = ["Interrupted", "StopOnSignal"]
+__all__ = ["Interrupted", "StopOnSignal", "start_worker"]
 
 
 class Interrupted(Exception):
@@ -65,3 +66,14 @@ class StopOnSignal(TrainerCallback):
             self.received = int(flag)
         if self.received:
             control.should_save = control.should_training_stop = True
+
+
+def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Start a worker of a loader in a process group of its own.
+
+    Launchers send SIGTERM to the group of a rank. The rank answers it, and without its workers it
+    could not finish the step. They still end when it tells them to, or when it is gone.
+    """
+    os.setpgid(0, 0)
+    if then is not None:
+        then(worker)

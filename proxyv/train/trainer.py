@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from proxyv.train.group_norms import GroupNorms
 from proxyv.train.ranks import gather
 from proxyv.train.resumable import ResumableTrainer
 from proxyv.train.settings import Settings
+from proxyv.train.signals import start_worker
 from proxyv.train.stages import count_parts, parameter_groups
 
 __all__ = ["ProxyVTrainer"]
@@ -55,6 +57,13 @@ class ProxyVTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowSampler:
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """The usual loader; its workers outlive a SIGTERM to the rank's process group."""
+        prepared: Any = super().get_train_dataloader()
+        loader = prepared.base_dataloader  # what accelerate iterates over
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW with one group for each part and choice of weight decay."""
