@@ -92,7 +92,7 @@ def _open(path: Path) -> Image.Image:
     from proxyv.data.images import DataError, image_of_bytes
 
     if not path.is_file():
-        raise CommandError(f"--image {path}: no such file")
+        raise CommandError(f"--image {path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         return image_of_bytes(path.read_bytes(), f"--image {path}").load()
     except DataError as error:

@@ -7,7 +7,10 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "CommandError",
@@ -16,6 +19,7 @@ __all__ = [
     "nearest",
     "require_one_of",
     "run_command",
+    "table_console",
 ]
 
 
@@ -89,3 +93,10 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def table_console(**options: Any) -> Console:
+    """A console that shows every column: a narrow terminal wraps lines, and no number is cut."""
+    from rich.console import Console  # not needed to load a model
+
+    return Console(width=max(Console().width, 160), **options)

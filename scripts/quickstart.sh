@@ -9,6 +9,13 @@
 # ProxyV in runs/quickstart-baseline (RUNS changes the place, WORLD that of the pages).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for word in "$@"; do
+    case $word in
+        -h | --help) sed -n '2,/^set/{/^#/p}' scripts/quickstart.sh && exit ;;
+        [a-z]*.[a-z]*=*) ;;
+        *) echo "error: '$word' is no override; write section.name=value, as in model.start_layer=null" >&2 && exit 2 ;;
+    esac
+done
 . scripts/env.sh
 ensure_env train eval synthetic
 
@@ -49,4 +56,5 @@ done
 stamp "5/5 ask it something"
 python -m proxyv.chat --model "$runs/finetune" --image data/sample/invoice.png \
     --question "What is the invoice number?"
+say "written there is HPH95722; data/sample/questions.json has more questions and their answers"
 stamp "done: model in $runs/finetune, scores in $runs/eval/results.json"

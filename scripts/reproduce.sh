@@ -14,6 +14,7 @@
 # The exit code is that of the run: 1 where an arm failed, 143 where SIGTERM made it stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p}' scripts/reproduce.sh && exit ;; esac
 . scripts/env.sh
 ensure_env train eval synthetic profiling
 

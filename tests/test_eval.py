@@ -248,6 +248,8 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
 def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
     rows = document_rows(8)
     rows[1]["answers"] = []
+    rows[0]["image"] = {"bytes": None, "path": "../outside.png"}
+    (tmp_path.parent / "outside.png").write_bytes(png(10))
     rows[2]["image"] = {"bytes": None, "path": "missing.png"}
     rows[3]["image"] = {"bytes": b"no image at all", "path": None}
     whole = png(77, (400, 300))
@@ -255,21 +257,22 @@ def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
     rows[5]["question"] = None
     del rows[6]["image"], rows[7]["questionId"]
     result, _ = run(rows, tmp_path, batch_size=3)
-    assert result["failed"] == 6
+    assert result["failed"] == 7
     assert result["scores"]["anls"] == {
-        "value": pytest.approx(2 / 8),
+        "value": pytest.approx(1 / 8),
         "interval": result["scores"]["anls"]["interval"],
         "samples": 8,
     }
     errors = {line.split(":")[0]: line for line in result["errors"]}
     assert "'answers' holds []" in errors["1001"]
+    assert "'../outside.png' leads out of" in errors["1000"]
     assert "missing.png cannot be read" in errors["1002"]
     assert "15 bytes is not an image" in errors["1003"] and "cannot be decoded" in errors["1004"]
     assert "'question' holds None" in errors["1005"]
     assert "row 6 has no image" in errors["1006"]
     rows[2] = document_rows(8)[2]  # mended: only failed samples are tried again
     result, _ = run(rows, tmp_path, batch_size=3)
-    assert result["failed"] == 5
+    assert result["failed"] == 6
 
 
 def test_limit_says_what_it_leaves_out(tmp_path: Path) -> None:

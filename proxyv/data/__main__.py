@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxyv.cli import CommandError, run_command
+from proxyv.cli import CommandError, run_command, table_console
 from proxyv.data.options import add_set_options, pipeline_of, processor_of
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ def _needed(options: argparse.Namespace) -> ProxyVProcessor:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see the module."""
     options = parse(argv)
-    from rich.console import Console
-
     from proxyv.data.sources import open_source
 
     source = open_source(
@@ -106,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_megapixels=options.max_megapixels,
         follow_links=options.follow_links,
     )
-    console = Console(soft_wrap=True)
+    console = table_console(soft_wrap=True)
     return {"check": _check, "inspect": _inspect, "bench": _bench}[options.command](
         options, source, console
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from proxyv.cli import CommandError, model_options, nearest, run_command
+from proxyv.cli import CommandError, model_options, nearest, run_command, table_console
 from proxyv.eval.answerer import Answerer, check_model_name
 from proxyv.eval.benchmarks import GROUPS, select
 from proxyv.eval.controls import CONTROLS, check_control
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
-        Console().print(results_table(results))
+        table_console().print(results_table(results))
     console.print(f"written: {output / 'results.json'}")
     return _report_failures(tasks, console)
 

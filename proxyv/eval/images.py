@@ -30,8 +30,8 @@ def row_images(benchmark: Benchmark, rows: Rows, index: int) -> list[ImageRef]:
 def _content(cell: Any, folder: Path | None, where: str) -> bytes:
     """The encoded image in a cell: a path, bytes, or ``{"bytes", "path"}`` as in ``datasets``.
 
-    A relative path starts at the folder; an absolute one, as downloads and saved tables have it,
-    is followed too.
+    A relative path starts at the folder and may not climb out of it; an absolute one, as downloads
+    and saved tables have it, is followed too.
     """
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
@@ -39,6 +39,9 @@ def _content(cell: Any, folder: Path | None, where: str) -> bytes:
         return cell
     if not isinstance(cell, str | os.PathLike) or not str(cell):
         raise DataError(f"{where} has no image", "missing image")
+    if ".." in Path(cell).parts and not Path(cell).is_absolute():
+        message = f"{where}: path {str(cell)!r} leads out of {folder}"
+        raise DataError(message, "image outside its folder")
     file = Path(folder or ".", cell)
     try:
         return file.read_bytes()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from proxyv.cli import CommandError
+from proxyv.cli import CommandError, table_console
 from proxyv.eval.compare import compare
 from proxyv.eval.page import Pictures, render_page
 from proxyv.eval.stored import load_run
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (args.output / name).write_text(text, encoding="utf-8")
-    console = Console()
+    console = table_console()
     console.print(comparison_table(comparison, comparison.rows, "scores"))
     if comparison.categories:
         console.print(comparison_table(comparison, comparison.categories, "parts of tasks"))

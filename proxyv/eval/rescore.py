@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from proxyv.cli import table_console
 from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
 from proxyv.eval.metrics import final_answer
 from proxyv.eval.provenance import git_commit
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(results, indent=2, ensure_ascii=False))
         else:
-            Console().print(results_table(results))
+            table_console().print(results_table(results))
     return 0
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from proxyv.cli import table_console
 from proxyv.eval.provenance import git_commit, hardware
 
 __all__ = ["Plot", "Report"]
@@ -108,7 +108,7 @@ class Report:
             )
         for row in self.rows:
             table.add_row(*[_cell(row[column]) for column in columns])
-        console = Console()
+        console = table_console()
         console.print(table)
         console.print(self.notes, style="dim", highlight=False)
 

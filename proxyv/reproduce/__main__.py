@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from proxyv.cli import CommandError, run_command
+from proxyv.cli import CommandError, run_command, table_console
 from proxyv.reproduce.plan import TIERS, Job, Plan, choose, find_plan, presets
 from proxyv.reproduce.progress import Progress, job_states, state_table
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps([state.as_dict() for state in states], indent=1))
         else:
-            Console().print(state_table(plan, states))
+            table_console().print(state_table(plan, states))
         return 0
     return _run(plan, jobs, runs, results)
 
