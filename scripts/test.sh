@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check of the project: lint, format, types, tests. Makes its environment if none is active.
 #
-#   bash scripts/test.sh              what must always pass (about ten minutes on two cores)
+#   bash scripts/test.sh              what must always pass (about five minutes on two cores)
 #   bash scripts/test.sh -m slow      the long tests
 #   bash scripts/test.sh tests/test_masks.py -k left
 set -euo pipefail
