@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 for word in "$@"; do
     case $word in
-        -h | --help) sed -n '2,/^set/{/^#/p}' scripts/quickstart.sh && exit ;;
+        -h | --help) sed -n '2,/^set/{/^#/p;}' scripts/quickstart.sh && exit ;;
         [a-z]*.[a-z]*=*) ;;
         *) echo "error: '$word' is no override; write section.name=value, as in model.start_layer=null" >&2 && exit 2 ;;
     esac
@@ -20,7 +20,7 @@ done
 ensure_env train eval synthetic
 
 case " $* " in
-    *" model.start_layer=null "*) runs=${RUNS:-runs/quickstart-baseline} ;;
+    *" model.start_layer="[nN~]*) runs=${RUNS:-runs/quickstart-baseline} ;;
     *) runs=${RUNS:-runs/quickstart} ;;
 esac
 world=${WORLD:-data/generated}

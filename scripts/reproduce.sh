@@ -7,14 +7,14 @@
 #   bash scripts/reproduce.sh tiny --tiers 1,2,3   every arm, ablations too
 #   bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2
 #   python -m proxyv.reproduce status --preset tiny
-#   OMP_NUM_THREADS=1 bash scripts/reproduce.sh    in each of two terminals: runs beside each other
-#                                                  share the arms, and two threads do more that way
+#   OMP_NUM_THREADS=1 bash scripts/reproduce.sh    in each of two terminals, the second once the first one trains: runs
+#                                                  beside each other share the arms, and two threads do more that way
 #
 # Result files: docs/results/reproduction/PRESET; report: docs/results/reproduction.md.
 # The exit code is that of the run: 1 where an arm failed, 143 where SIGTERM made it stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p}' scripts/reproduce.sh && exit ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p;}' scripts/reproduce.sh && exit ;; esac
 . scripts/env.sh
 ensure_env train eval synthetic profiling
 

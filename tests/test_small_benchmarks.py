@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from proxyv.cli import CommandError
 from proxyv.eval.__main__ import main
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS
 from proxyv.eval.images import row_images
@@ -72,6 +73,18 @@ def test_a_row_of_json_may_lack_any_key(name: str, world: Path) -> None:
             assert benchmark.sample(7, row).prompt
         except ValueError as error:
             assert gone in str(error) or "message" in str(error)
+
+
+@pytest.mark.parametrize("name", ["docvqa_test", "mme"])
+def test_what_is_paired_or_handed_in_by_an_id_needs_it(name: str, tmp_path: Path) -> None:
+    benchmark = BENCHMARKS[name]
+    row = dict.fromkeys(benchmark.columns, "1.png") | {"category": "OCR"}
+    nameless = {key: value for key, value in row.items() if key != benchmark.id_column}
+    folder = tmp_path / (benchmark.folder or name)
+    folder.mkdir()
+    (folder / "test.json").write_text(json.dumps([row, nameless]))
+    with pytest.raises(CommandError, match=f"row 1 of .* has no '{benchmark.id_column}'"):
+        load_rows(benchmark, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["docvqa_test", "infovqa_test"])

@@ -118,8 +118,10 @@ def _reduction(given: str | None) -> dict[str, Any]:
 
 
 def _default_output(model: str, control: str | None, reduction: str | None) -> Path:
-    path = Path(model) if Path(model).name else Path(model).resolve()
+    path = Path(model)
     stage = path.name in ("pretrain", "finetune")  # of many models
+    if stage or not path.name:
+        path = path.resolve()
     name = f"{path.parent.name}-{path.name}" if stage else path.name
     if reduction is not None:
         name += f"-{(parse_options(reduction) or {}).get('method', 'none')}"

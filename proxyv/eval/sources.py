@@ -128,6 +128,13 @@ def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
         raise CommandError(
             f"{benchmark.name}: none of the {len(rows)} rows of {rows.origin} belongs to it"
         )
+    if benchmark.needs_id and benchmark.id_column is not None:
+        for place, _ in picks:
+            if rows.text(place).get(benchmark.id_column) is None:
+                raise CommandError(
+                    f"{benchmark.name}: row {place} of {rows.origin} has no "
+                    f"{benchmark.id_column!r}, without which its answer belongs to no question"
+                )
     return dataclasses.replace(rows, picks=picks)
 
 

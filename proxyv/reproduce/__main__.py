@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 RESULTS = Path("docs", "results", "reproduction")
 RUNS = Path("runs", "reproduce")
+_DYING_SECONDS = 10.0  # workers of a run that was killed hold its folder a little longer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,20 +92,21 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     Runs beside this one take other jobs: each holds the folder of the model that it works on.
     """
     from proxyv.reproduce.results import FAILED, read_result, result_file, write_result
-    from proxyv.reproduce.work import failure, make_world, run_curve, run_job
+    from proxyv.reproduce.work import failure, make_world, now, run_curve, run_job
     from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     progress = Progress(jobs, results, console.print)
+    began = now()
     with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it
         world = make_world(plan, runs)
 
     def work(job: Job) -> None:
         path = result_file(results, job)
         found = read_result(path)
-        if found is not None and found.done:
-            progress.skip(job)
+        if found is not None and (found.done or found.content["date"] >= began):
+            progress.skip(job, found.content["status"])
             return
         progress.begin(job)
         try:
@@ -116,23 +118,27 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
         write_result(path, content)
         progress.end(job, content)
 
-    left, seen = list(jobs), len(jobs) + 1
+    left, patience = list(jobs), 0.0
     try:
-        while len(left) < seen:  # until all that is left is in other hands
-            seen, tried, left = len(left), left, []
+        while left:
+            tried, left = left, []
             for job in tried:
                 try:
-                    with only_run(runs / plan.trained(job).name, wait_seconds=0):
+                    with only_run(runs / plan.trained(job).name, wait_seconds=patience):
                         work(job)
                 except Busy:
                     left.append(job)
+            if len(left) == len(tried) and patience:
+                break  # all of it is in other hands
+            patience = _DYING_SECONDS if len(left) == len(tried) else 0.0
     except Interrupted as stopped:
         console.print(str(stopped))
         return 128 + stopped.number
     if left:
         console.print(f"left to other runs: {', '.join(job.name for job in left)}")
     else:
-        run_curve(plan, runs, results, console.print)
+        with only_run(runs / "redundancy", wait_seconds=math.inf):
+            run_curve(plan, runs, results, console.print)
     failed = [
         job.name for job in jobs if (r := read_result(result_file(results, job))) and not r.done
     ]

@@ -124,9 +124,9 @@ class Progress:
         place = self._jobs.index(job) + 1
         self._say(f"[{place}/{len(self._jobs)}] {job.name}: {text}")
 
-    def skip(self, job: Job) -> None:
-        """A job that is done already."""
-        self._line(job, "already done")
+    def skip(self, job: Job, status: str) -> None:
+        """A job that is done already, or that failed while this run was going on."""
+        self._line(job, f"already {status}")
 
     def begin(self, job: Job) -> None:
         """A job that starts, or goes on."""

@@ -35,7 +35,7 @@ from proxyv.train.launch import prepare_rank
 from proxyv.train.run import identity, train
 from proxyv.train.settings import Settings
 
-__all__ = ["BriefAnswerer", "failure", "make_world", "run_curve", "run_job", "train_job"]
+__all__ = ["BriefAnswerer", "failure", "make_world", "now", "run_curve", "run_job", "train_job"]
 
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
@@ -57,6 +57,11 @@ class BriefAnswerer(Answerer):
     def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
         """Answer prepared questions."""
         return super().generate(prepared, min(max_new_tokens, self.most_tokens or max_new_tokens))
+
+
+def now() -> str:
+    """The time in UTC, such as 2026-11-21T18:10:17.250+00:00; later ones sort behind."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def make_world(plan: Plan, runs: Path) -> Path:
@@ -139,7 +144,7 @@ def run_job(
         "versions": versions(),
         "hardware": hardware(answerer.device),
         "seconds": round(time.monotonic() - started, 1),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 
@@ -152,7 +157,7 @@ def failure(plan: Plan, job: Job, error: Exception) -> dict[str, Any]:
         "status": FAILED,
         "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
         "commit": git_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

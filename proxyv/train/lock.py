@@ -21,6 +21,9 @@ class Busy(ValueError):
 def only_run(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
     """Hold a run's folder; the system lets go of it when this process ends, however it ends.
 
+    Processes that were forked meanwhile (workers of a loader) hold it too until they end, if this
+    one is killed; they notice that within seconds.
+
     Args:
         folder: made if it is not there.
         wait_seconds: how long a run that is just dying may take.
@@ -43,4 +46,7 @@ def only_run(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
                         "this one another folder"
                     ) from None
                 time.sleep(0.05)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # for workers that are still there as well

@@ -91,7 +91,8 @@ class Benchmark(ABC):
         split: the split that is scored.
         columns: columns that a row must have; ``a|b`` stands for one of two.
         image_table: where the images are, None where each row has its own.
-        id_column: holds the data set's own id, None where the row number is taken.
+        id_column: holds the data set's own id; the row number is taken where it is empty or None.
+        needs_id: whether nothing can be scored or handed in without that id.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
         is_share: whether that score is a share, which can be averaged with those of others.
@@ -109,6 +110,7 @@ class Benchmark(ABC):
     columns: ClassVar[tuple[str, ...]]
     image_table: ClassVar[ImageTable | None] = None
     id_column: ClassVar[str | None] = None
+    needs_id: ClassVar[bool] = False
     max_new_tokens: ClassVar[int]
     main_score: ClassVar[str]
     is_share: ClassVar[bool] = True

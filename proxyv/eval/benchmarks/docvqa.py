@@ -69,6 +69,7 @@ class DocVQATest(DocVQA):
     folder = "docvqa"
     split = "test"
     columns = ("questionId", "question", "image")
+    needs_id = True
     scored = False
 
     def scores(self, records: Sequence[Record]) -> dict[str, Score]:

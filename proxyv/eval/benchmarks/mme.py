@@ -43,6 +43,7 @@ class MME(Benchmark):
     columns = ("question_id", "image", "question", "answer", "category")
     max_new_tokens = 16
     id_column = "question_id"
+    needs_id = True
     main_score = "mme_perception_score"
     is_share = False
     group_size = 2
