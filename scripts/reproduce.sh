@@ -8,7 +8,7 @@
 #   bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2
 #   python -m proxyv.reproduce status --preset tiny
 #   OMP_NUM_THREADS=1 bash scripts/reproduce.sh    in each of two terminals, the second once the first one trains: runs
-#                                                  beside each other share the arms, and two threads do more that way
+#                                                  beside each other share the arms
 #
 # Result files: docs/results/reproduction/PRESET; report: docs/results/reproduction.md.
 # The exit code is that of the run: 1 where an arm failed, 143 where SIGTERM made it stop.
