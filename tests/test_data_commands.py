@@ -45,7 +45,7 @@ ROWS = [
     {"id": "nothing", "conversations": []},
     row("quiet", None, answer="q") | {"conversations": [{"from": "human", "value": "x" * 2000}]},
 ]
-USABLE = ["good", "text", "long", "copy"]
+CLEAN = ["good", "text", "long", "copy"]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_check_finds_every_fault_by_part(broken, capsys, workers):
     report = json.loads(capsys.readouterr().out)
     assert report["rows"] == len(ROWS)
     assert report["faults"] == FOUND
-    assert report["usable"] == len(USABLE)
+    assert report["clean"] == len(CLEAN)
     assert set(report["subsets"]) == {"coco", "sam", "text only", ".."}
     assert report["subsets"]["sam"]["faults"] == {
         "corrupt image": 1,
@@ -105,25 +105,25 @@ def test_check_finds_every_fault_by_part(broken, capsys, workers):
 def test_check_prints_a_table_and_messages(broken, capsys):
     assert main(["check", *broken, "--workers", "0"]) == 1
     out = capsys.readouterr().out
-    assert "usable rows: 4 of 13" in out
+    assert "clean rows: 4 of 13" in out
     assert "no image file" in out and "(id 'corrupt')" in out
     plain = broken[:4]
     assert main(["check", *plain, "--workers", "0", "--fast"]) == 1
     assert "lengths were not checked" in capsys.readouterr().out
 
 
-def test_the_clean_list_has_the_usable_rows(broken, tmp_path, capsys):
+def test_the_clean_list_has_each_row_without_errors_once(broken, tmp_path, capsys):
     clean, numbers = tmp_path / "clean.jsonl", tmp_path / "clean.txt"
     main(["check", *broken, "--workers", "0", "--write-clean", str(clean)])
     main(["check", *broken, "--workers", "0", "--write-clean", str(numbers)])
     images = str(tmp_path / "root")
     source = open_source(str(clean), images)
-    assert [source.record(i)["id"] for i in range(len(source))] == USABLE
+    assert [source.record(i)["id"] for i in range(len(source))] == CLEAN
     (tmp_path / "mix.yaml").write_text(
         f"- {{annotations: {tmp_path}/rows.json, images: {images}, rows: {numbers}}}\n"
     )
     mixture = open_source(str(tmp_path / "mix.yaml"), None)
-    assert [mixture.record(i)["id"] for i in range(len(mixture))] == USABLE
+    assert [mixture.record(i)["id"] for i in range(len(mixture))] == CLEAN
     assert check_source(source, None).kinds == ["repeated image"]
     with pytest.raises(ValueError, match=r"expected a name ending in \.txt or \.jsonl"):
         main(["check", *broken, "--workers", "0", "--write-clean", str(tmp_path / "a.csv")])

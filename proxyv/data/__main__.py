@@ -41,10 +41,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = _command(commands, "check", "report missing, corrupt and unusable rows")
+    check = _command(commands, "check", "report missing, corrupt, useless and repeated rows")
     check.add_argument("--fast", action="store_true", help="read only the headers of images")
     check.add_argument(
-        "--write-clean", type=Path, help="write the usable rows: .jsonl, or .txt of row numbers"
+        "--write-clean",
+        type=Path,
+        help="write the rows without errors, each once: .jsonl, or .txt of numbers",
     )
     check.add_argument("--examples", type=int, default=3, help="messages shown of each fault (3)")
     cores = min(os.cpu_count() or 1, 4)
@@ -136,10 +138,10 @@ def _check(options: argparse.Namespace, source: Source, console: Console) -> int
                 console.print("  " + message, markup=False, highlight=False)
         if processor is None:
             console.print("lengths were not checked: give --tokenizer and --template, or --model")
-        console.print(f"usable rows: {len(report.usable):,} of {rows:,}")
+        console.print(f"clean rows: {len(report.clean):,} of {rows:,}")
         if options.write_clean is not None:
             console.print(f"clean list: {options.write_clean}")
-    return 0 if len(report.usable) == rows else 1
+    return 0 if len(report.clean) == rows else 1
 
 
 def _report_table(report: CheckReport, with_tokens: bool) -> Any:

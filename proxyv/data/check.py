@@ -52,7 +52,7 @@ class Finding:
     faults: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def usable(self) -> bool:
+    def clean(self) -> bool:
         """Whether the row belongs on the clean list."""
         return not any(kind in ERRORS for kind, _ in self.faults)
 
@@ -130,7 +130,7 @@ class CheckReport:
         tokens: tokens, by subset, cut rows counted as cut.
         faults: kind of fault to its count, by subset; a row counts once for each kind.
         examples: messages of the first rows of each kind.
-        usable: numbers of the rows of the clean list.
+        clean: numbers of the rows of the clean list.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -138,7 +138,7 @@ class CheckReport:
     tokens: Counter[str] = field(default_factory=Counter)
     faults: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    usable: list[int] = field(default_factory=list)
+    clean: list[int] = field(default_factory=list)
 
     def add(self, finding: Finding, examples: int) -> None:
         """Count a row."""
@@ -152,8 +152,8 @@ class CheckReport:
             known = self.examples.setdefault(kind, [])
             if len(known) < examples:
                 known.append(message)
-        if finding.usable:
-            self.usable.append(finding.index)
+        if finding.clean:
+            self.clean.append(finding.index)
 
     def total(self, kind: str) -> int:
         """Rows with a fault of this kind."""
@@ -168,7 +168,7 @@ class CheckReport:
         """The report for ``--json``; the row numbers are left to the clean list."""
         return {
             "rows": sum(self.rows.values()),
-            "usable": len(self.usable),
+            "clean": len(self.clean),
             "faults": {kind: self.total(kind) for kind in self.kinds},
             "subsets": {
                 name: {
@@ -241,7 +241,7 @@ def _repeats(findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def write_clean(source: Source, report: CheckReport, path: Path) -> None:
-    """Write the list of usable rows.
+    """Write the clean list.
 
     Args:
         source: what was checked.
@@ -261,7 +261,7 @@ def write_clean(source: Source, report: CheckReport, path: Path) -> None:
         )
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for index in report.usable:
+        for index in report.clean:
             if path.suffix == ".txt":
                 file.write(f"{index}\n")
             else:
