@@ -14,7 +14,16 @@ from proxyv.cli import run_command
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.claims import CLAIMS, Claim, Gap, find_gap, verdict
 from proxyv.reproduce.plan import Plan, find_plan
-from proxyv.reproduce.results import CURVE, pack, read_results, result_file, write_result
+from proxyv.reproduce.results import (
+    CURVE,
+    Result,
+    pack,
+    read_results,
+    result_file,
+    task_entry,
+    unpack,
+    write_result,
+)
 
 QUESTIONS = 400
 TASKS = ("docvqa", "chartqa", "infovqa", "textvqa", "ocrbench", "refcoco_testA", "ccpdf")
@@ -38,7 +47,7 @@ def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> d
         "tasks": {
             task: {
                 "samples": QUESTIONS,
-                "main_score": "main",
+                "measure": "main",
                 "value": float(own.mean()),
                 "questions": "same",
                 "scores": {"main": pack(own)},
@@ -208,6 +217,23 @@ def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
     assert cells(text, "[tiny/proxyv-early-seed2.json]")[1:] == [
         *("0123456789", "a processor", "2.13.0", command)
     ]
+
+
+def test_another_measure_counts_and_a_distance_is_turned_round(tmp_path: Path) -> None:
+    record = {"index": 0, "question_id": "0", "error": None, "document": None, "details": {}}
+    records = [
+        record | {"answer": answer, "references": ["one two three four five"], "score": 0.0}
+        for answer in ("one two three four five", "one two three four fire", "")
+    ]
+    plain, other = task_entry("ccpdf", records), task_entry("ccpdf", records, "doc_edit_distance")
+    assert plain["measure"] == "doc_bleu" and {*plain["scores"]} == {"doc_bleu"}
+    assert {*other["scores"]} == {"doc_bleu", "doc_edit_distance"}
+    assert unpack(other["scores"]["doc_edit_distance"]) == pytest.approx([0, 1 / 23, 1], abs=1e-6)
+    result = Result(tmp_path, {"tasks": {"ccpdf": other}})
+    assert result.parts("ccpdf") == pytest.approx([1, 22 / 23, 0], abs=1e-6)
+    assert Result(tmp_path, {"tasks": {"ccpdf": plain}}).parts("ccpdf") == [0, 0, 0]
+    with pytest.raises(ValueError, match="'doc_blue' is not one of doc_bleu, doc_edit_distance"):
+        task_entry("ccpdf", records, "doc_blue")
 
 
 def test_what_was_not_run_or_failed_is_listed(tmp_path: Path, plan: Plan) -> None:

@@ -20,6 +20,8 @@ from proxyv.synthetic.words import Words, split_of
 from proxyv.synthetic.world import (
     CHART_PROMPT,
     DOCUMENT_PROMPT,
+    FAMILIAR,
+    HeldOut,
     Mix,
     draw_page,
     prompt_suffix,
@@ -113,7 +115,7 @@ def test_familiar_pages_have_new_words_in_known_looks(tmp_path: Path) -> None:
         assert style.title in LOOKS["train"].titles and style.legend in LOOKS["train"].legends
 
     counts = {"train_documents": 2, "train_charts": 1, "test_documents": 12, "test_charts": 2}
-    for name, familiar in (("unseen", False), ("familiar", True)):
+    for name, familiar in (("unseen", ()), ("familiar", FAMILIAR)):
         write_world(
             tmp_path / name, seed=4, workers=1, all_benchmarks=True, familiar=familiar, **counts
         )
@@ -125,6 +127,70 @@ def test_familiar_pages_have_new_words_in_known_looks(tmp_path: Path) -> None:
     assert trained == {name for name in familiar if name.startswith(TRAINING_FOLDERS)}
     assert len(unseen) == len(familiar)
     assert {name for name in unseen if unseen[name] == familiar.get(name)} == trained
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("documents", {"docvqa", "ocrbench"}),
+        ("charts", {"chartqa"}),
+        ("infographics", {"infovqa"}),
+        ("pages", {"ccpdf"}),
+        ("scenes", {"gqa", "mmbench", "mme", "ocrbench", "refcoco", "seedbench", "textvqa"}),
+    ],
+)
+def test_one_kind_of_page_can_be_familiar_alone(
+    kind: str, changed: set[str], unseen: dict[str, bytes], tmp_path: Path
+) -> None:
+    write_world(tmp_path, **SMALL_WORLD, familiar=[kind])
+    assert different(contents(tmp_path), unseen) == changed
+
+
+SMALL_WORLD = {
+    "seed": 4, "workers": 1, "all_benchmarks": True, "train_documents": 1, "train_charts": 1,
+    "test_documents": 12, "test_charts": 6,
+}  # fmt: skip
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def different(first: dict[str, bytes], second: dict[str, bytes]) -> set[str]:
+    """Folders with a file that is not the same in both."""
+    names = first.keys() | second.keys()
+    return {name.partition("/")[0] for name in names if first.get(name) != second.get(name)}
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("unseen")
+    write_world(root, **SMALL_WORLD)
+    return contents(root)
+
+
+def test_charts_are_asked_only_the_kinds_wanted_and_training_stays(
+    unseen: dict[str, bytes], tmp_path: Path
+) -> None:
+    write_world(tmp_path, **SMALL_WORLD, chart_kinds=["count", "compare"], text_panels=0)
+    assert different(contents(tmp_path), unseen) == {"chartqa", "infovqa"}
+    files = str(tmp_path / "chartqa" / "*.parquet")
+    asked = datasets.load_dataset("parquet", data_files=files)["train"]
+    assert {q.split()[0] for q in asked["question"]} == {"How", "Is"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"familiar": ["chart"]}, "familiar chart: one of documents"),
+        ({"chart_kinds": ["sums"]}, "chart_kinds sums: one of lookup"),
+        ({"chart_kinds": []}, "chart_kinds is empty"),
+        ({"text_panels": 3}, "text_panels 3"),
+    ],
+)
+def test_unknown_kinds_of_pages_and_questions_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeldOut(**options)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["train", "test"]))

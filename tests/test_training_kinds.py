@@ -174,6 +174,27 @@ def test_infographics_are_asked_as_infovqa_asks_and_can_be_answered() -> None:
             assert asked_and_right("infovqa", given, prompt, answer)
 
 
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_panels_of_text_can_be_left_empty(written: int) -> None:
+    for seed in range(6):
+        page = make_infographic(
+            np.random.default_rng(seed), "familiar", text_panels=written, chart_kinds=["count"]
+        )
+        panels = {(int(glyph.y // 168), int(glyph.x // 168)) for glyph in page.glyphs}
+        assert len(panels) == 2 + written
+        pixels = np.asarray(page.image)
+        plain = [
+            (row, column)
+            for row in (0, 1)
+            for column in (0, 1)
+            if (pixels[168 * row :, 168 * column :][:168, :168] == 255).all()
+        ]
+        assert len(plain) == 2 - written and panels.isdisjoint(plain)
+        asked = [question for question in page.questions if question.kind == "count"]
+        assert len(asked) == 1 and page.questions[0] == asked[0]
+        assert "\n\n" not in page.caption and page.caption
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_about_infographics_stand_on_them(split: str) -> None:
     kinds = set()

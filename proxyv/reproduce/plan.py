@@ -74,6 +74,8 @@ class Plan:
         score: benchmarks whose main scores are averaged.
         seeds: of training.
         arms: by name.
+        measures: what counts of some tasks in place of the benchmark's main score.
+        notes: for the report, on how far the preset can speak to the paper.
         settings: training settings of all arms, by section.
         pretrain_settings: those of stage 1 alone.
         later_seeds: how many of the seeds tiers 2 and 3 take.
@@ -92,6 +94,8 @@ class Plan:
     score: Sequence[str]
     seeds: Sequence[int]
     arms: Mapping[str, Arm]
+    measures: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     pretrain_settings: Mapping[str, Any] = field(default_factory=dict)
     later_seeds: int = 1
@@ -198,7 +202,7 @@ def _checked(where: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(path: Path, plan: Plan) -> None:
-    for task in [*plan.tasks, *plan.score, *plan.answer_tokens]:
+    for task in [*plan.tasks, *plan.score, *plan.answer_tokens, *plan.measures]:
         if task not in BENCHMARKS:
             raise ValueError(f"{path}: {nearest('task', task, BENCHMARKS)}")
     if missing := [task for task in plan.score if task not in plan.tasks]:

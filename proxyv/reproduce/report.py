@@ -12,6 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from proxyv.cli import CommandError
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.compare import LOWER_IS_BETTER
 from proxyv.reproduce.claims import (
     CLAIMS,
     MARGIN,
@@ -72,6 +74,7 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
     jobs = plan.jobs()
     return {
         "plan": plan,
+        "measures": [f"{task}: {_measure(plan, task)}" for task in plan.tasks],
         "any": bool(table),
         "verdicts": [_verdict_row(plan, table, claim) for claim in CLAIMS],
         "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
@@ -95,6 +98,11 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
             for tier, name in TIERS.items()
         },
     }
+
+
+def _measure(plan: Plan, task: str) -> str:
+    name = plan.measures.get(task) or BENCHMARKS[task].main_score
+    return f"1 - {name}" if name in LOWER_IS_BETTER else name
 
 
 def _of(plan: Plan, table: Table, arm: str) -> list[Result]:
@@ -188,7 +196,7 @@ def _time_saved(results: Sequence[Result]) -> float:
 
 
 def _task_rows(plan: Plan, table: Table) -> list[tuple[str, list[str]]]:
-    """Main score of every task, in percent, by arm."""
+    """Score of every task, in percent, by arm."""
     rows = []
     for arm in plan.arms.values():
         if results := _of(plan, table, arm.name):

@@ -68,13 +68,13 @@ class Result:
         """Whether the arm was trained and evaluated to its end."""
         return self.content["status"] == DONE
 
-    def parts(self, task: str, score: str | None = None) -> list[float] | None:
-        """One number for each question of a task, by its main score; None where not asked."""
+    def parts(self, task: str) -> list[float] | None:
+        """One number for each question of a task, the higher the better; None where not asked."""
         entry = self.content["tasks"].get(task)
         if entry is None:
             return None
-        packed = entry["scores"].get(score or entry["main_score"])
-        return None if packed is None else unpack(packed)
+        found = unpack(entry["scores"][entry["measure"]])
+        return [1 - part for part in found] if entry["measure"] in LOWER_IS_BETTER else found
 
     def questions(self, task: str) -> str | None:
         """What names the questions of a task; two runs were asked the same where it is equal."""
@@ -97,24 +97,28 @@ def unpack(text: str) -> list[float]:
     return [float(part) for part in text.split()]
 
 
-def task_entry(task: str, records: Sequence[Record]) -> dict[str, Any]:
-    """What a result file keeps of a task: its main score, and those that are better when low.
+def task_entry(task: str, records: Sequence[Record], measure: str | None = None) -> dict[str, Any]:
+    """What a result file keeps of a task: the score that counts, and the benchmark's main one.
 
     Args:
         task: name of the benchmark.
         records: of all questions.
+        measure: the score that counts; None for the main one.
+
+    Raises:
+        ValueError: the benchmark has no such score.
     """
     benchmark = BENCHMARKS[task]
-    kept = {
-        name: score
-        for name, score in benchmark.scores(records).items()
-        if name == benchmark.main_score or name in LOWER_IS_BETTER
-    }
+    measure = measure or benchmark.main_score
+    found = benchmark.scores(records)
+    if measure not in found:
+        raise ValueError(f"measures: {task}: {measure!r} is not one of {', '.join(found)}")
+    kept = {name: found[name] for name in dict.fromkeys((measure, benchmark.main_score))}
     asked = [[str(r[key]) for key in ("index", "question_id", "references")] for r in records]
     return {
         "samples": len(records),
-        "main_score": benchmark.main_score,
-        "value": kept[benchmark.main_score].value,
+        "measure": measure,
+        "value": kept[measure].value,
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         "scores": {name: pack(score.parts) for name, score in kept.items()},
     }

@@ -251,7 +251,7 @@ def evaluate(
                 f"{entry['errors'][0]}"
             )
         tasks[task] = {
-            **task_entry(task, load_run(folder).records[task]),
+            **task_entry(task, load_run(folder).records[task], plan.measures.get(task)),
             "seconds": entry["seconds"],
         }
     return tasks

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from proxyv.cli import run_command
-from proxyv.synthetic.world import write_world
+from proxyv.synthetic.world import FAMILIAR, write_world
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--familiar",
-        action="store_true",
-        help="test pages in the typefaces, looks and layouts of training; only words are new",
+        nargs="+",
+        choices=FAMILIAR,
+        default=(),
+        help="test pages of these kinds in the typefaces, looks and layouts of training; only "
+        "words and values are new",
     )
     parser.add_argument("--json", action="store_true", help="print the row counts as JSON")
     options = parser.parse_args(argv)

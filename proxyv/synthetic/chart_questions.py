@@ -10,7 +10,7 @@ from proxyv.synthetic.chart_data import Chart
 from proxyv.synthetic.page import Question
 from proxyv.synthetic.words import MONTHS
 
-__all__ = ["ask", "caption"]
+__all__ = ["KINDS", "ask", "caption"]
 
 MAX_CAPTION = 150
 ATTEMPTS_PER_QUESTION = 50  # a chart of three bars does not have many different questions
@@ -31,6 +31,7 @@ SHARES = {
     "text": 0.10,
     "arithmetic": 0.04,
 }
+KINDS = tuple(SHARES)
 
 
 def caption(chart: Chart) -> str:
@@ -231,13 +232,15 @@ def _is_year(chart: Chart, question: Question) -> bool:
     return chart.theme == "year" and question.answers[0] in chart.categories
 
 
-def ask(chart: Chart, rng: np.random.Generator, count: int) -> list[Question]:
-    """Draw different questions about a chart: ``count`` of them, or as many as can be found."""
+def ask(
+    chart: Chart, rng: np.random.Generator, count: int, kinds: Sequence[str] = KINDS
+) -> list[Question]:
+    """Draw different questions of some kinds: ``count`` of them, or as many as can be found."""
     asker = _Asker(chart, rng)
     makers: dict[str, Callable[[], Question | None]] = {
-        kind: getattr(asker, kind) for kind in SHARES
+        kind: getattr(asker, kind) for kind in kinds
     }
-    kinds, shares = list(SHARES), np.asarray(list(SHARES.values()))
+    shares = np.asarray([SHARES[kind] for kind in kinds])
     found: dict[tuple[str, str, frozenset[str]], Question] = {}
     for _ in range(ATTEMPTS_PER_QUESTION * count):
         if len(found) == count:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from proxyv.synthetic.chart_canvas import Sheet
 from proxyv.synthetic.chart_data import Chart, draw_chart, draw_plan
 from proxyv.synthetic.chart_draw import draw
-from proxyv.synthetic.chart_questions import ask, caption
+from proxyv.synthetic.chart_questions import KINDS, ask, caption
 from proxyv.synthetic.chart_style import Style, draw_style
 from proxyv.synthetic.page import Page, Question, Split
 from proxyv.synthetic.words import Words
@@ -67,6 +69,7 @@ def make_chart(
     num_questions: tuple[int, int] = (3, 6),
     *,
     small: bool = False,
+    kinds: Sequence[str] = KINDS,
 ) -> Page:
     """Draw a chart with a caption and questions; the same ``rng`` state gives the same page.
 
@@ -76,10 +79,11 @@ def make_chart(
         size_hw: height and width in pixels, 160 or more each.
         num_questions: fewest and most questions to ask.
         small: two or three categories and one series, to learn from first.
+        kinds: of questions.
     """
     chart, style, sheet = compose_chart(rng, split, size_hw, small)
     fewest, most = num_questions
-    questions = ask(chart, rng, int(rng.integers(fewest, most + 1)))
+    questions = ask(chart, rng, int(rng.integers(fewest, most + 1)), kinds)
     return Page(
         image=sheet.render(),
         glyphs=sheet.glyphs(),

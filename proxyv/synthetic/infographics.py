@@ -1,18 +1,20 @@
 """Dense pages: a chart and a document among lines of other text, four panels two by two.
 
-Both have questions; the other two panels hide where the answers stand. A panel is as large and as
-full as a page of its own, so four tiles of a crop each show a page at its own size.
+Both have questions; the other two panels hide where the answers stand, or are left empty. A panel
+is as large and as full as a page of its own, so four tiles of a crop each show one at its own size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, permutations, zip_longest
 
 import numpy as np
 from PIL import Image
 
+from proxyv.synthetic.chart_questions import KINDS
 from proxyv.synthetic.charts import make_chart
 from proxyv.synthetic.documents import make_document, make_text_page
 from proxyv.synthetic.page import Glyph, Page, Question, Split, looks_of
@@ -30,7 +32,12 @@ LAYOUTS: dict[Split, tuple[tuple[int, int], ...]] = {
 
 
 def make_infographic(
-    rng: np.random.Generator, split: Split, size_hw: tuple[int, int] = (336, 336)
+    rng: np.random.Generator,
+    split: Split,
+    size_hw: tuple[int, int] = (336, 336),
+    *,
+    text_panels: int = 2,
+    chart_kinds: Sequence[str] = KINDS,
 ) -> Page:
     """Draw a chart, a document and two panels of text.
 
@@ -38,6 +45,8 @@ def make_infographic(
         rng: source of everything random; the same state gives the same page.
         split: decides typefaces, looks, values, and where the panels stand.
         size_hw: height and width of the page in pixels; a panel has half of each, at least 160.
+        text_panels: how many of the panels of text are written, from the first on.
+        chart_kinds: of questions about the chart.
 
     Returns:
         The page, clean; its questions are about the chart and the document in turn, and its
@@ -47,7 +56,10 @@ def make_infographic(
     layouts = LAYOUTS[looks_of(split)]
     chart_at, document_at = layouts[int(rng.integers(len(layouts)))]
     makers: list[Maker] = [make_text_page] * 4
-    makers[chart_at], makers[document_at] = make_chart, make_document
+    makers[chart_at] = partial(make_chart, kinds=chart_kinds)
+    makers[document_at] = make_document
+    for place in [at for at in range(4) if at not in (chart_at, document_at)][text_panels:]:
+        makers[place] = _empty
     panels = [make(rng, split, panel_hw) for make in makers]
     chart, document = panels[chart_at], panels[document_at]
     image = Image.new("RGB", (2 * panel_hw[1], 2 * panel_hw[0]))
@@ -59,13 +71,19 @@ def make_infographic(
     return Page(
         image=image,
         glyphs=glyphs,
-        caption="\n".join(panel.caption for panel in panels),
+        caption="\n".join(panel.caption for panel in panels if panel.caption),
         questions=_in_turn(chart.questions, document.questions),
         template=f"infographic/{chart_at}{document_at}/{document.template}",
         split=split,
         values_shown=chart.values_shown,
         facts=chart.facts,
     )
+
+
+def _empty(rng: np.random.Generator, split: Split, size_hw: tuple[int, int]) -> Page:
+    """A panel of plain white."""
+    blank = Image.new("RGB", size_hw[::-1], "white")
+    return Page(blank, glyphs=[], caption="", questions=[], template="empty", split=split)
 
 
 def _in_turn(first: list[Question], second: list[Question]) -> list[Question]:

@@ -7,17 +7,17 @@ rows for evaluation. ``--all-benchmarks`` adds rows of every other benchmark, ``
 rows that train for them. Both training sets name their pictures relative to ``--out``. Everything
 follows from the seed; the training half and the test half share no page, no seed, no typeface, no
 layout and no value of three characters or more (labels, colours, places, coordinates, axis ticks
-and the measures and years in chart titles are common to both). With ``--familiar`` the test half
-looks like the training half, and only its words and values are new.
+and the measures and years in chart titles are common to both). The kinds of pages named with
+``--familiar`` look the same in both, and only words and values are new in the test half.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from proxyv.synthetic.chart_questions import KINDS as CHART_KINDS
 from proxyv.synthetic.charts import MIN_SIDE_PX, make_chart
 from proxyv.synthetic.degrade import degrade
 from proxyv.synthetic.documents import make_document, make_text_page
@@ -44,7 +45,16 @@ from proxyv.synthetic.training_kinds import KINDS as FURTHER_KINDS
 from proxyv.synthetic.training_kinds import Sizes, Turns, draw_row
 from proxyv.synthetic.word_grid import make_word_grid
 
-__all__ = ["CHART_PROMPT", "DOCUMENT_PROMPT", "READ_PROMPT", "Mix", "draw_page", "write_world"]
+__all__ = [
+    "CHART_PROMPT",
+    "DOCUMENT_PROMPT",
+    "FAMILIAR",
+    "READ_PROMPT",
+    "HeldOut",
+    "Mix",
+    "draw_page",
+    "write_world",
+]
 
 KINDS = ("text", "documents", "charts", "small_charts", "grids")
 WRITTEN = {"text": make_text_page, "documents": make_document, "grids": make_word_grid}
@@ -58,7 +68,7 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of page kinds, normalised to one; and how many questions are asked of a chart."""
+    """Shares of page kinds, normalised to one; number and kinds of questions about a chart."""
 
     text: float = 0.0
     documents: float = 0.5
@@ -66,6 +76,7 @@ class Mix:
     small_charts: float = 0.0
     grids: float = 0.0
     chart_questions: tuple[int, int] = (3, 6)
+    chart_kinds: Sequence[str] = CHART_KINDS
 
 
 def draw_page(
@@ -78,7 +89,14 @@ def draw_page(
     if kind in WRITTEN:
         page = WRITTEN[kind](rng, split, size_hw)
     else:
-        page = make_chart(rng, split, size_hw, mix.chart_questions, small=kind == "small_charts")
+        page = make_chart(
+            rng,
+            split,
+            size_hw,
+            mix.chart_questions,
+            small=kind == "small_charts",
+            kinds=mix.chart_kinds,
+        )
     return degrade(page, rng)
 
 
@@ -92,17 +110,51 @@ def prompt_suffix(page: Page) -> str:
     return CHART_PROMPT if is_chart(page) else DOCUMENT_PROMPT
 
 
-class Drawing(NamedTuple):
-    """How a world is drawn: its seed, sides of pages in pixels, and the processes that draw.
+FAMILIAR = ("documents", "charts", "infographics", "pages", "scenes")
+"""Kinds of pages for evaluation that can look like those of training; OCRBench has the documents of
+the first kind and its words with the scenes."""
 
-    ``held_out`` is the split of the pages for evaluation.
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How pages for evaluation differ from those of training, besides words and values.
+
+    Attributes:
+        familiar: kinds of pages, of `FAMILIAR`, with typefaces, looks and layouts of training.
+        chart_kinds: of questions about charts.
+        text_panels: written panels of an infographic besides the chart and the document.
     """
+
+    familiar: Collection[str] = ()
+    chart_kinds: Sequence[str] = CHART_KINDS
+    text_panels: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises a ValueError about a kind that there is not."""
+        for option, given, known in (
+            ("familiar", self.familiar, FAMILIAR),
+            ("chart_kinds", self.chart_kinds, CHART_KINDS),
+        ):
+            if unknown := sorted({*given} - {*known}):
+                raise ValueError(f"{option} {', '.join(unknown)}: one of {', '.join(known)}")
+        if not self.chart_kinds:
+            raise ValueError(f"chart_kinds is empty: give some of {', '.join(CHART_KINDS)}")
+        if not 0 <= self.text_panels <= 2:
+            raise ValueError(f"text_panels {self.text_panels}: an infographic has room for 0 to 2")
+
+    def split(self, kind: str) -> Split:
+        """The split of a kind of page."""
+        return "familiar" if kind in self.familiar else "test"
+
+
+class Drawing(NamedTuple):
+    """How a world is drawn: its seed, sides of pages in pixels, and the processes that draw."""
 
     seed: int
     side_px: int
     dense_px: int
     workers: int
-    held_out: Split
+    held_out: HeldOut
 
     def pages(
         self, stream: int, count: int, split: Split, mix: Mix
@@ -117,9 +169,10 @@ class Drawing(NamedTuple):
         self, kind: str, make: Callable[..., Page], count: int
     ) -> Iterator[tuple[Page, bytes]]:
         """Dense test pages with their files."""
-        number = ("documents", "infographics").index(kind)
+        number = ("pages", "infographics").index(kind)
         seeds = [(self.seed, _DENSE_STREAM, number, index) for index in range(count)]
-        draw = partial(_draw_dense, make=make, split=self.held_out, side_px=self.dense_px)
+        split = self.held_out.split(kind)
+        draw = partial(_draw_dense, make=make, split=split, side_px=self.dense_px)
         return self.each(draw, seeds, f"dense {kind}")
 
     def each(
@@ -160,7 +213,9 @@ def write_world(
     all_benchmarks: bool = False,
     train_further: int = 0,
     dense_px: int | None = None,
-    familiar: bool = False,
+    familiar: Collection[str] = (),
+    chart_kinds: Sequence[str] = CHART_KINDS,
+    text_panels: int = 2,
 ) -> dict[str, int]:
     """Write both training sets, DocVQA and ChartQA under ``out``.
 
@@ -180,14 +235,16 @@ def write_world(
             pages to be read. Their rows stand behind the others, which are the same either way.
         dense_px: side of infographics and of pages to be read, in pixels; by default twice
             ``side_px``.
-        familiar: whether pages for evaluation have the typefaces, looks and layouts of training,
-            and only their words and values are new.
+        familiar: see `HeldOut`, also for the next two.
+        chart_kinds: of questions about charts for evaluation.
+        text_panels: written panels of infographics for evaluation.
 
     Returns:
         Rows written for each data set.
 
     Raises:
-        ValueError: a count is negative, or ``side_px`` or ``dense_px`` is too small to write on.
+        ValueError: a count is negative, ``side_px`` or ``dense_px`` is too small to write on, or
+            `HeldOut` does not know a kind.
     """
     counts = {
         "train_documents": train_documents,
@@ -198,7 +255,7 @@ def write_world(
     }
     dense_px = 2 * side_px if dense_px is None else dense_px
     _check(counts, side_px, dense_px if all_benchmarks or train_further else None)
-    held_out: Split = "familiar" if familiar else "test"
+    held_out = HeldOut(familiar, chart_kinds, text_panels)
     drawing = Drawing(seed, side_px, dense_px, workers or os.cpu_count() or 1, held_out)
     only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
     training = TrainingRows(out)
@@ -213,9 +270,11 @@ def write_world(
             training.add(f"{kind}_{index:06d}", kind, png, page.caption, turns)
     _add_further(training, drawing, train_further, questions_per_page)
     rows = training.write()
-    documents = drawing.pages(_TEST_STREAM, test_documents, held_out, only_documents)
+    split = held_out.split("documents")
+    documents = drawing.pages(_TEST_STREAM, test_documents, split, only_documents)
     rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
-    charts = drawing.pages(_TEST_STREAM, test_charts, held_out, only_charts)
+    asked = replace(only_charts, chart_kinds=chart_kinds)
+    charts = drawing.pages(_TEST_STREAM, test_charts, held_out.split("charts"), asked)
     rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
     if all_benchmarks:
         rows |= _write_further(out, drawing, test_documents, questions_per_page)
@@ -236,16 +295,19 @@ def _check(counts: dict[str, int], side_px: int, dense_px: int | None) -> None:
 
 def _write_further(out: Path, drawing: Drawing, count: int, most: int) -> dict[str, int]:
     """Write the benchmarks besides DocVQA and ChartQA, and DocVQA's test split."""
-    mix, split = Mix(documents=1, charts=0), drawing.held_out
-    documents = list(drawing.pages(_FURTHER_STREAM, count, split, mix))
-    infographics = drawing.dense("infographics", make_infographic, count)
-    pages = drawing.dense("documents", make_document, count)
+    mix, held_out = Mix(documents=1, charts=0), drawing.held_out
+    documents = list(drawing.pages(_FURTHER_STREAM, count, held_out.split("documents"), mix))
+    infographic = partial(
+        make_infographic, text_panels=held_out.text_panels, chart_kinds=held_out.chart_kinds
+    )
+    infographics = drawing.dense("infographics", infographic, count)
+    pages = drawing.dense("pages", make_document, count)
     seeds = [(drawing.seed, _SCENE_STREAM, index) for index in range(count)]
     return {
         "docvqa (test)": write_docvqa_test(out / "docvqa", documents),
         "infovqa": write_infovqa(out / "infovqa", infographics, most),
         "ccpdf": write_ccpdf(out / "ccpdf", pages),
-        **write_scene_sets(out, seeds, documents, drawing.side_px, split),
+        **write_scene_sets(out, seeds, documents, drawing.side_px, held_out.split("scenes")),
     }
 
 
