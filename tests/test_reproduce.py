@@ -18,6 +18,7 @@ from proxyv.cli import run_command
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.images import row_images
+from proxyv.eval.provenance import git_commit
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
 from proxyv.model.crops import crop_layout
@@ -129,6 +130,7 @@ def test_a_stopped_arm_goes_on_and_a_repeated_one_scores_the_same(interrupted: P
     assert run(interrupted, "--arms", "proxyv-early", "--seeds", "1", runs="again") == 0
     resumed, again = (content(interrupted, "proxyv-early-seed1", r) for r in ("runs", "again"))
     assert resumed["training"]["pretrain"]["sessions"] == 2
+    assert resumed["training"]["finetune"]["commits"] == [git_commit()]
     assert again["training"]["pretrain"]["sessions"] == 1
     assert resumed["weights"] == again["weights"]
     for task in ("docvqa", "chartqa"):
@@ -160,7 +162,8 @@ def test_a_result_file_holds_what_its_numbers_depend_on(interrupted: Path) -> No
     assert max(lengths) <= 8
     assert entry["value"] == pytest.approx(sum(r["score"] for r in records) / 4)
     cost = found["cost"]
-    assert len(cost["prefill_seconds"]) == len(cost["baseline_prefill_seconds"]) == 2
+    for what in ("prefill", "step"):
+        assert len(cost[f"{what}_seconds"]) == len(cost[f"baseline_{what}_seconds"]) == 2
     assert 0 < cost["flops"]["paper"] < cost["baseline_flops"]["paper"]
 
 
@@ -185,6 +188,7 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
     prumerge = content(interrupted, "prumerge-seed1")["cost"]
     assert prumerge["kept"] == kept_by_the_tower(interrupted, crops=2)
     assert prumerge["flops"]["paper"] < prumerge["baseline_flops"]["paper"]
+    assert prumerge["step_seconds"] is None  # it was not trained
     assert not (interrupted / "runs" / "mini" / "fastv-seed1" / "pretrain").exists()
     wrong = content(interrupted, "wrong-seed1")
     assert wrong["status"] == "failed" and "start_layer=9" in wrong["error"]

@@ -38,7 +38,7 @@ def answers(rate: float, stream: int, like: np.ndarray | None = None) -> np.ndar
 
 def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> dict[str, Any]:
     """A result file as an arm leaves it."""
-    trained = {"seconds": 60.0, "steps": 3, "sessions": 1}
+    trained = {"seconds": 60.0, "steps": 3, "sessions": 1, "commits": ["0123456789abcdef"]}
     return {
         "preset": "tiny",
         "arm": arm,
@@ -60,6 +60,8 @@ def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> d
             "baseline_flops": {"paper": 100, "as_run": 90},
             "prefill_seconds": [0.6, 0.5, 0.7],
             "baseline_prefill_seconds": [1.0, 1.0, 1.0],
+            "step_seconds": [0.8, 0.7, 0.9],
+            "baseline_step_seconds": [1.0, 1.0, 1.0],
         },
         "training": {"of": f"{arm}-seed{seed}", "pretrain": trained, "finetune": trained},
         "settings": {},
@@ -210,12 +212,12 @@ def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
         [parts["proxyv-early", s][t].mean() for s in (1, 2, 3) for t in plan.score]
     )
     assert row[2] == "3" and float(row[3].split()[0]) == pytest.approx(expected, abs=0.01)
-    assert row[6:10] == ["42.0 (46)", "33.3", "40.0 (41)", "0 h 02 min"]
+    assert row[6:10] == ["42.0 (46)", "33.3", "40.0 (41)", "20.0"]
     base = 100 * np.mean([parts["baseline", s][t].mean() for s in (1, 2, 3) for t in plan.score])
     assert row[5] == f"{100 * expected / base:.1f} (101.0)"
     command = "`bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2`"
     assert cells(text, "[tiny/proxyv-early-seed2.json]")[1:] == [
-        *("0123456789", "a processor", "2.13.0", command)
+        *("0123456789", "0123456789", "a processor", "2.13.0", command)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a prefill costs an arm, beside the baseline of the same shape."""
+"""What a prefill and a training step cost an arm, beside the baseline of the same shape."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from proxyv import ProxyVForConditionalGeneration
+from proxyv.data.templates import IGNORE_INDEX
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.images import row_images
 from proxyv.eval.sources import Rows
@@ -39,31 +40,37 @@ def page_crops(answerer: Answerer, benchmark: Any, rows: Rows, number: int) -> T
     return torch.cat(found)[:number].to(answerer.device, answerer.model.dtype)
 
 
-def arm_cost(model: Any, crops: Tensor, cost: Mapping[str, int]) -> dict[str, Any]:
-    """FLOPs and time of a prefill.
+def arm_cost(
+    model: Any, crops: Tensor, cost: Mapping[str, int], *, trained: bool
+) -> dict[str, Any]:
+    """FLOPs and time of a prefill, and time of a training step.
 
     The baseline has random weights and takes turns with the model, so that what else the machine
     does hits both.
 
     Args:
-        model: with its method, if any.
+        model: with its method, if any; it is fused afterwards, so it cannot be trained on.
         crops: (C, 3, height, width) what the prompt shows.
         cost: ``text`` tokens, and ``repeats`` of the timing.
+        trained: whether the arm trains on its own; else a step costs it what it costs the baseline.
 
     Returns:
         ``flops`` of the decoder layers, in the paper's count and as run, the same of the baseline,
         ``kept`` (mean tokens that are left of a crop, where the image decides; else None), and
-        ``prefill_seconds`` of every round.
+        ``prefill_seconds`` and ``step_seconds`` of every round: forward and backward of one row
+        through all but the vision tower, every text token supervised.
     """
     config = model.config
     base = _baseline(config)
     stock = ProxyVForConditionalGeneration(base).to(model.device, model.dtype).eval()
     stock.set_attn_implementation(config._attn_implementation)
+    prompts = {
+        name: (own, make_prompt(own, len(crops), cost["text"]) | {"pixel_values": crops[None]})
+        for name, own in (("baseline", stock), ("arm", model))
+    }
+    steps = _time_steps(prompts, cost["repeats"]) if trained else {}
     model.fuse()
-    works = {}
-    for name, own in (("baseline", stock), ("arm", model)):
-        prompt = make_prompt(own, len(crops), cost["text"]) | {"pixel_values": crops[None]}
-        works[name] = partial(_prefill, own, prompt)
+    works = {name: partial(_prefill, *given) for name, given in prompts.items()}
     timings = time_interleaved(works, model.device, cost["repeats"])
     method = config.reduction_method
     ragged = method is not None and method.tokens_per_crop(config.side**2) is None
@@ -78,7 +85,32 @@ def arm_cost(model: Any, crops: Tensor, cost: Mapping[str, int]) -> dict[str, An
         "baseline_flops": _flops(base, row),
         "prefill_seconds": [round(s, 6) for s in timings["arm"].seconds],
         "baseline_prefill_seconds": [round(s, 6) for s in timings["baseline"].seconds],
+        "step_seconds": steps.get("arm"),
+        "baseline_step_seconds": steps.get("baseline"),
     }
+
+
+def _time_steps(
+    prompts: Mapping[str, tuple[Any, Mapping[str, Tensor]]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of every round of a training step, by model; the models come back for inference."""
+    works = {}
+    for name, (model, prompt) in prompts.items():
+        model.train().requires_grad_(True)
+        model.model.vision_tower.requires_grad_(False)
+        ids = prompt["input_ids"]
+        labels = ids.masked_fill(ids == model.config.image_token_index, IGNORE_INDEX)
+        works[name] = partial(_step, model, {**prompt, "labels": labels})
+    timings = time_interleaved(
+        works, ids.device, repeats, after=lambda name: prompts[name][0].zero_grad()
+    )
+    for model, _ in prompts.values():
+        model.eval().requires_grad_(False)
+    return {name: [round(s, 6) for s in timing.seconds] for name, timing in timings.items()}
+
+
+def _step(model: Any, inputs: Mapping[str, Tensor]) -> None:
+    model(**inputs, use_cache=False).loss.backward()
 
 
 def _baseline(config: Any) -> Any:

@@ -16,7 +16,7 @@ from proxyv.reduction import build_reduction
 from proxyv.train.config_files import load_settings, read_chain
 from proxyv.train.settings import Settings
 
-__all__ = ["TIERS", "Arm", "Job", "Plan", "choose", "find_plan", "presets", "read_plan"]
+__all__ = ["STAGES", "TIERS", "Arm", "Job", "Plan", "choose", "find_plan", "presets", "read_plan"]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "reproduce"

@@ -26,8 +26,7 @@ from proxyv.reproduce.claims import (
 )
 from proxyv.reproduce.figures import Point, draw_curve, draw_scores
 from proxyv.reproduce.paper import LLMS, ROWS
-from proxyv.reproduce.plan import TIERS, Arm, Plan
-from proxyv.reproduce.progress import duration
+from proxyv.reproduce.plan import STAGES, TIERS, Arm, Plan
 from proxyv.reproduce.results import CURVE, Result, read_results
 
 __all__ = ["WANTED", "write_report"]
@@ -144,9 +143,6 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
     value, low, high = mean_interval(results, plan.score)
     gap = find_gap(plan, table, Claim("", "", arm.name, "baseline", "better"))
     paper = ROWS.get(arm.paper) if arm.paper else None
-    trained = [r.content["training"] for r in results]
-    seconds = [sum(t[stage]["seconds"] for stage in ("pretrain", "finetune")) for t in trained]
-    own = arm.checkpoint is None
     return {
         "title": arm.title,
         "tier": TIERS[arm.tier],
@@ -156,8 +152,8 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
         "relative": _relative(plan, table, value),
         "flops": _percent(_flops_saved(results)),
         "as_run": _percent(_flops_saved(results, "as_run")),
-        "time": _percent(_time_saved(results)) if arm.name != "baseline" else NONE,
-        "training": duration(statistics.mean(seconds)) if own else f"that of {arm.checkpoint}",
+        "time": NONE if arm.name == "baseline" else _percent(_time_saved(results, "prefill")),
+        "training": _training_saved(arm, results),
         "paper_relative": f"{paper.relative:.1f}" if paper else NONE,
         "paper_flops": str(paper.flops) if paper and paper.flops is not None else NONE,
         "paper_time": str(paper.time) if paper and paper.time is not None else NONE,
@@ -181,14 +177,22 @@ def _flops_saved(results: Sequence[Result], count: str = "paper") -> float:
     return 100 * (1 - cost["flops"][count] / cost["baseline_flops"][count])
 
 
-def _time_saved(results: Sequence[Result]) -> float:
-    """Percent of the baseline's prefill time: median over the rounds of all seeds."""
+def _training_saved(arm: Arm, results: Sequence[Result]) -> str:
+    if arm.name == "baseline":
+        return NONE
+    if arm.checkpoint is not None:
+        return f"that of {arm.checkpoint}"
+    return _percent(_time_saved(results, "step"))
+
+
+def _time_saved(results: Sequence[Result], what: str) -> float:
+    """Percent of the baseline's time: median over the rounds of all seeds."""
     ratios = [
         mine / theirs
         for result in results
         for mine, theirs in zip(
-            result.content["cost"]["prefill_seconds"],
-            result.content["cost"]["baseline_prefill_seconds"],
+            result.content["cost"][f"{what}_seconds"],
+            result.content["cost"][f"baseline_{what}_seconds"],
             strict=True,
         )
     ]
@@ -258,8 +262,19 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
     arm = f"--arms {result.arm} --seeds {result.seed}"
     return {
         "name": f"{plan.name}/{result.path.name}",
-        "commit": (content["commit"] or "unknown")[:10],
+        "trained": _commits(content["training"]),
+        "commit": _short(content["commit"]),
         "hardware": content["hardware"]["device"],
         "torch": content["versions"]["torch"],
         "command": f"bash scripts/reproduce.sh {plan.name} {arm}",
     }
+
+
+def _commits(training: Mapping[str, Any]) -> str:
+    """Commits that trained both stages, the first one first."""
+    found = [commit for stage in STAGES for commit in training[stage]["commits"]]
+    return ", ".join(dict.fromkeys(map(_short, found)))
+
+
+def _short(commit: str | None) -> str:
+    return "unknown" if commit is None else commit[:10] + commit[40:]

@@ -127,7 +127,7 @@ def run_job(
         "seed": job.seed,
         "status": DONE,
         "tasks": tasks,
-        "cost": arm_cost(answerer.model, crops, plan.cost),
+        "cost": arm_cost(answerer.model, crops, plan.cost, trained=source is job),
         "training": {
             "of": source.name,
             **{name: summary for name, (summary, _) in trained.items()},
@@ -190,8 +190,8 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     """Train a stage, or go on with it, or take what is finished.
 
     Returns:
-        The trainer's summary, its ``seconds`` those of all sessions that were not killed, and the
-        settings.
+        The trainer's summary, its ``seconds`` and ``commits`` those of all sessions that were not
+        killed, and the settings.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -205,7 +205,8 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
         try:
             train(settings)
         finally:
-            write_json(clock, [*_sessions(clock), round(time.monotonic() - started, 1)])
+            seconds = round(time.monotonic() - started, 1)
+            write_json(clock, [*_sessions(clock), {"seconds": seconds, "commit": git_commit()}])
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -217,11 +218,16 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
                 "that folder, or undo the change"
             )
     summary = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    seconds = _sessions(clock)
-    return {**summary, "seconds": round(sum(seconds), 1), "sessions": len(seconds)}, settings
+    sessions = _sessions(clock)
+    return {
+        **summary,
+        "seconds": round(sum(session["seconds"] for session in sessions), 1),
+        "sessions": len(sessions),
+        "commits": list(dict.fromkeys(session["commit"] for session in sessions)),
+    }, settings
 
 
-def _sessions(path: Path) -> list[float]:
+def _sessions(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
