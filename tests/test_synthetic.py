@@ -172,7 +172,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_charts_are_asked_only_the_kinds_wanted_and_training_stays(
     unseen: dict[str, bytes], tmp_path: Path
 ) -> None:
-    write_world(tmp_path, **SMALL_WORLD, chart_kinds=["count", "compare"], text_panels=0)
+    write_world(tmp_path, **SMALL_WORLD, chart_kinds=["count", "compare"], printed=True)
     assert different(contents(tmp_path), unseen) == {"chartqa", "infovqa"}
     files = str(tmp_path / "chartqa" / "*.parquet")
     asked = datasets.load_dataset("parquet", data_files=files)["train"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.sources import load_rows
+from proxyv.synthetic.charts import make_chart
 from proxyv.synthetic.infographics import LAYOUTS, make_infographic
 from proxyv.synthetic.prompts import BOX_PROMPT, DOCUMENT_PROMPT, PAGE_PROMPT, SIGN_QUESTION
 from proxyv.synthetic.scenes import make_scene
@@ -178,8 +180,12 @@ def test_infographics_are_asked_as_infovqa_asks_and_can_be_answered() -> None:
 def test_panels_of_text_can_be_left_empty(written: int) -> None:
     for seed in range(6):
         page = make_infographic(
-            np.random.default_rng(seed), "familiar", text_panels=written, chart_kinds=["count"]
+            np.random.default_rng(seed),
+            "familiar",
+            text_panels=written,
+            draw_chart=partial(make_chart, kinds=["count"], printed=True),
         )
+        assert page.values_shown
         panels = {(int(glyph.y // 168), int(glyph.x // 168)) for glyph in page.glyphs}
         assert len(panels) == 2 + written
         pixels = np.asarray(page.image)

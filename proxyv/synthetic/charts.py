@@ -38,7 +38,11 @@ def chartqa_type(question: Question) -> str:
 
 
 def compose_chart(
-    rng: np.random.Generator, split: Split, size_hw: tuple[int, int], small: bool = False
+    rng: np.random.Generator,
+    split: Split,
+    size_hw: tuple[int, int],
+    small: bool = False,
+    printed: bool = False,
 ) -> tuple[Chart, Style, Sheet]:
     """Draw content and look until every text fits on the page and none touches another.
 
@@ -50,6 +54,8 @@ def compose_chart(
             f"size_hw {size_hw}: a chart needs at least {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels"
         )
     words, plan = Words(rng, split), draw_plan(rng, small)
+    while printed and not plan.values_shown:
+        plan = draw_plan(rng, small)
     for _ in range(ATTEMPTS):
         style = draw_style(rng, split, size_hw)
         chart = draw_chart(plan, words, style, size_hw[1])
@@ -70,6 +76,7 @@ def make_chart(
     *,
     small: bool = False,
     kinds: Sequence[str] = KINDS,
+    printed: bool = False,
 ) -> Page:
     """Draw a chart with a caption and questions; the same ``rng`` state gives the same page.
 
@@ -80,8 +87,9 @@ def make_chart(
         num_questions: fewest and most questions to ask.
         small: two or three categories and one series, to learn from first.
         kinds: of questions.
+        printed: whether every chart prints its values.
     """
-    chart, style, sheet = compose_chart(rng, split, size_hw, small)
+    chart, style, sheet = compose_chart(rng, split, size_hw, small, printed)
     fewest, most = num_questions
     questions = ask(chart, rng, int(rng.integers(fewest, most + 1)), kinds)
     return Page(

@@ -6,15 +6,13 @@ is as large and as full as a page of its own, so four tiles of a crop each show 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import chain, permutations, zip_longest
 
 import numpy as np
 from PIL import Image
 
-from proxyv.synthetic.chart_questions import KINDS
 from proxyv.synthetic.charts import make_chart
 from proxyv.synthetic.documents import make_document, make_text_page
 from proxyv.synthetic.page import Glyph, Page, Question, Split, looks_of
@@ -37,7 +35,7 @@ def make_infographic(
     size_hw: tuple[int, int] = (336, 336),
     *,
     text_panels: int = 2,
-    chart_kinds: Sequence[str] = KINDS,
+    draw_chart: Maker = make_chart,
 ) -> Page:
     """Draw a chart, a document and two panels of text.
 
@@ -46,7 +44,7 @@ def make_infographic(
         split: decides typefaces, looks, values, and where the panels stand.
         size_hw: height and width of the page in pixels; a panel has half of each, at least 160.
         text_panels: how many of the panels of text are written, from the first on.
-        chart_kinds: of questions about the chart.
+        draw_chart: draws the panel of the chart.
 
     Returns:
         The page, clean; its questions are about the chart and the document in turn, and its
@@ -56,8 +54,7 @@ def make_infographic(
     layouts = LAYOUTS[looks_of(split)]
     chart_at, document_at = layouts[int(rng.integers(len(layouts)))]
     makers: list[Maker] = [make_text_page] * 4
-    makers[chart_at] = partial(make_chart, kinds=chart_kinds)
-    makers[document_at] = make_document
+    makers[chart_at], makers[document_at] = draw_chart, make_document
     for place in [at for at in range(4) if at not in (chart_at, document_at)][text_panels:]:
         makers[place] = _empty
     panels = [make(rng, split, panel_hw) for make in makers]

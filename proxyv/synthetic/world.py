@@ -68,7 +68,10 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of page kinds, normalised to one; number and kinds of questions about a chart."""
+    """Shares of page kinds, normalised to one; number and kinds of questions about a chart.
+
+    ``printed``: whether every chart prints its values.
+    """
 
     text: float = 0.0
     documents: float = 0.5
@@ -77,6 +80,7 @@ class Mix:
     grids: float = 0.0
     chart_questions: tuple[int, int] = (3, 6)
     chart_kinds: Sequence[str] = CHART_KINDS
+    printed: bool = False
 
 
 def draw_page(
@@ -96,6 +100,7 @@ def draw_page(
             mix.chart_questions,
             small=kind == "small_charts",
             kinds=mix.chart_kinds,
+            printed=mix.printed,
         )
     return degrade(page, rng)
 
@@ -122,11 +127,13 @@ class HeldOut:
     Attributes:
         familiar: kinds of pages, of `FAMILIAR`, with typefaces, looks and layouts of training.
         chart_kinds: of questions about charts.
+        printed: whether every chart prints its values.
         text_panels: written panels of an infographic besides the chart and the document.
     """
 
     familiar: Collection[str] = ()
     chart_kinds: Sequence[str] = CHART_KINDS
+    printed: bool = False
     text_panels: int = 2
 
     def __post_init__(self) -> None:
@@ -215,6 +222,7 @@ def write_world(
     dense_px: int | None = None,
     familiar: Collection[str] = (),
     chart_kinds: Sequence[str] = CHART_KINDS,
+    printed: bool = False,
     text_panels: int = 2,
 ) -> dict[str, int]:
     """Write both training sets, DocVQA and ChartQA under ``out``.
@@ -235,8 +243,9 @@ def write_world(
             pages to be read. Their rows stand behind the others, which are the same either way.
         dense_px: side of infographics and of pages to be read, in pixels; by default twice
             ``side_px``.
-        familiar: see `HeldOut`, also for the next two.
+        familiar: see `HeldOut`, also for the next three.
         chart_kinds: of questions about charts for evaluation.
+        printed: whether every chart for evaluation prints its values.
         text_panels: written panels of infographics for evaluation.
 
     Returns:
@@ -255,7 +264,7 @@ def write_world(
     }
     dense_px = 2 * side_px if dense_px is None else dense_px
     _check(counts, side_px, dense_px if all_benchmarks or train_further else None)
-    held_out = HeldOut(familiar, chart_kinds, text_panels)
+    held_out = HeldOut(familiar, chart_kinds, printed, text_panels)
     drawing = Drawing(seed, side_px, dense_px, workers or os.cpu_count() or 1, held_out)
     only_documents, only_charts = Mix(documents=1, charts=0), Mix(documents=0, charts=1)
     training = TrainingRows(out)
@@ -273,7 +282,7 @@ def write_world(
     split = held_out.split("documents")
     documents = drawing.pages(_TEST_STREAM, test_documents, split, only_documents)
     rows["docvqa"] = write_docvqa(out / "docvqa", documents, questions_per_page)
-    asked = replace(only_charts, chart_kinds=chart_kinds)
+    asked = replace(only_charts, chart_kinds=chart_kinds, printed=printed)
     charts = drawing.pages(_TEST_STREAM, test_charts, held_out.split("charts"), asked)
     rows["chartqa"] = write_chartqa(out / "chartqa", charts, questions_per_page)
     if all_benchmarks:
@@ -297,9 +306,8 @@ def _write_further(out: Path, drawing: Drawing, count: int, most: int) -> dict[s
     """Write the benchmarks besides DocVQA and ChartQA, and DocVQA's test split."""
     mix, held_out = Mix(documents=1, charts=0), drawing.held_out
     documents = list(drawing.pages(_FURTHER_STREAM, count, held_out.split("documents"), mix))
-    infographic = partial(
-        make_infographic, text_panels=held_out.text_panels, chart_kinds=held_out.chart_kinds
-    )
+    chart = partial(make_chart, kinds=held_out.chart_kinds, printed=held_out.printed)
+    infographic = partial(make_infographic, text_panels=held_out.text_panels, draw_chart=chart)
     infographics = drawing.dense("infographics", infographic, count)
     pages = drawing.dense("pages", make_document, count)
     seeds = [(drawing.seed, _SCENE_STREAM, index) for index in range(count)]
