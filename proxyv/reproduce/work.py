@@ -40,6 +40,8 @@ __all__ = ["BriefAnswerer", "failure", "make_world", "now", "run_curve", "run_jo
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
 
+LONG_ANSWER, LONG_ANSWER_BATCH = 128, 4
+
 
 class BriefAnswerer(Answerer):
     """A model whose answers end after so many tokens, however long a benchmark lets them be.
@@ -48,6 +50,16 @@ class BriefAnswerer(Answerer):
     """
 
     most_tokens: int | None = None
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Input tokens that are worth reading together: more where answers are long.
+
+        A step of decoding reads all weights, for one row or for four (docs/log.md).
+        """
+        limit = super().batch_tokens
+        is_long = self.most_tokens is not None and self.most_tokens >= LONG_ANSWER
+        return LONG_ANSWER_BATCH * limit if is_long and limit is not None else limit
 
     def describe(self) -> dict[str, Any]:
         """What the answers depend on besides the weights."""
