@@ -66,6 +66,8 @@ arms:
   fastv: {{tier: 2, title: FastV, checkpoint: baseline, reduction: {{method: fastv, layer: 1}}}}
   prumerge: {{tier: 2, title: PruMerge, checkpoint: baseline, reduction: {{method: prumerge}}}}
   wrong: {{tier: 3, title: wrong, model: {{start_layer: 9}}}}
+  longer: {{tier: 3, title: longer, model: {{start_layer: null}}, pretrained: baseline,
+    finetune: {{optim: {{max_steps: 3}}}}}}
 """
 
 
@@ -205,12 +207,23 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
         "fastv-seed1": "done",
         "prumerge-seed1": "done",
         "wrong-seed1": "failed",
+        "longer-seed1": "not run",
     }
     answering = sum(task["seconds"] for task in fastv["tasks"].values())
     assert states["fastv-seed1"]["seconds"] == pytest.approx(answering)
     answering = sum(task["seconds"] for task in base["tasks"].values())
     training = sum(base["training"][stage]["seconds"] for stage in ("pretrain", "finetune"))
     assert states["baseline-seed1"]["seconds"] == pytest.approx(answering + training)
+
+
+def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
+    assert run(interrupted, "--arms", "longer", "--seeds", "1") == 0
+    base, longer = (content(interrupted, name) for name in ("baseline-seed1", "longer-seed1"))
+    assert longer["training"]["pretrain"] == base["training"]["pretrain"]
+    assert [one["training"]["finetune"]["steps"] for one in (base, longer)] == [2, 3]
+    assert not (interrupted / "runs" / "mini" / "longer-seed1" / "pretrain").exists()
+    assert longer["weights"] != base["weights"]
+    assert longer["settings"]["finetune"]["optim"]["max_steps"] == 3
 
 
 def test_a_changed_preset_is_refused(interrupted: Path, tmp_path: Path) -> None:
@@ -250,9 +263,12 @@ def test_shipped_presets_are_complete() -> None:
         for job in plan.jobs():
             if job.arm.checkpoint is None and job.seed == plan.seeds[0]:
                 settings = plan.stage(job, "finetune", Path("runs"))
-                assert settings.model.init_from == f"runs/{job.name}/pretrain"
-                first = plan.stage(job, "pretrain", Path("runs"))
-                epochs = {"tiny": (0.5, 1.0), "smol": (2.0, 2.0)}[name]
+                long = job.arm.name.endswith("-long")
+                earlier = f"{job.arm.name.removesuffix('-long')}-seed{job.seed}"
+                assert settings.model.init_from == f"runs/{earlier}/pretrain"
+                first = plan.stage(plan.trainer(job, "pretrain"), "pretrain", Path("runs"))
+                assert first.run.output_dir == settings.model.init_from
+                epochs = {"tiny": (0.5, 1.0 + long), "smol": (2.0, 2.0 + 2.0 * long)}[name]
                 assert (first.optim.epochs, settings.optim.epochs) == epochs
                 assert settings.run.seed == job.seed
 
@@ -310,6 +326,9 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("answer_tokens: {docvqa", "answer_tokens: {docvq", "did you mean 'docvqa'"),
         ("tasks: {docvqa: 4", "tasks: {docvq: 4", "did you mean 'docvqa'"),
         ("checkpoint: baseline, ", "", "no checkpoint"),
+        ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
+        ("pretrained: baseline", "pretrained: proxyv-early", "with the same model settings"),
+        ("pretrained: baseline", "pretrained: fastv", "which must train it itself"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(
@@ -325,7 +344,7 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
     plan = read_plan(tmp_path / "mini.yaml")
     assert [job.name for job in choose(plan, [2, 3], None, None)] == [
-        *("fastv-seed1", "prumerge-seed1", "wrong-seed1")
+        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1")
     ]
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [

@@ -85,6 +85,8 @@ class Gap:
 CLAIMS = (
     Claim("ProxyV from 3/8 of the depth loses nothing against the baseline",
           "55.16, 54.64", "proxyv-early", "baseline", "not worse"),
+    Claim("The same where stage 2 is twice as long for both",
+          "–", "proxyv-early-long", "baseline-long", "not worse"),
     Claim("ProxyV from 3/8 of the depth is better than the baseline",
           "55.16, 54.64", "proxyv-early", "baseline", "better"),
     Claim("ProxyV from half of the depth is better than the baseline",

@@ -33,6 +33,8 @@ class Arm:
         title: in tables.
         tier: a key of `TIERS`.
         model: settings of the section ``model`` in which it differs.
+        finetune: settings of stage 2 in which it differs, by section.
+        pretrained: arm whose stage 1 it goes on from; None trains its own.
         checkpoint: arm whose finished model it evaluates; None trains its own.
         reduction: token-reduction method for that evaluation; None for none.
         paper: the row of the paper's tables that it stands beside, see ``paper.py``.
@@ -42,6 +44,8 @@ class Arm:
     title: str
     tier: int
     model: Mapping[str, Any] = field(default_factory=dict)
+    finetune: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
     checkpoint: str | None = None
     reduction: Mapping[str, Any] | None = None
     paper: str | None = None
@@ -118,11 +122,16 @@ class Plan:
         """The job whose finished model a job evaluates; itself where it trains."""
         return job if job.arm.checkpoint is None else Job(self.arms[job.arm.checkpoint], job.seed)
 
+    def trainer(self, job: Job, stage: str) -> Job:
+        """The job that trains a stage of a job that trains: another one where stage 1 is shared."""
+        shared = job.arm.pretrained if stage == "pretrain" else None
+        return job if shared is None else Job(self.arms[shared], job.seed)
+
     def stage(self, job: Job, stage: str, runs: Path) -> Settings:
         """Settings of a stage of training.
 
         Args:
-            job: an arm that trains.
+            job: an arm that trains this stage, see `trainer`.
             stage: "pretrain" or "finetune".
             runs: folder of the preset's runs.
         """
@@ -139,9 +148,9 @@ class Plan:
             **_flat({"model": job.arm.model}),
         }
         if stage == "finetune":
-            own["model.init_from"] = str(folder / "pretrain")
-        shared = self.pretrain_settings if stage == "pretrain" else {}
-        values = {**_flat(self.settings), **_flat(shared), **own}
+            own["model.init_from"] = str(runs / self.trainer(job, "pretrain").name / "pretrain")
+        more = self.pretrain_settings if stage == "pretrain" else job.arm.finetune
+        values = {**_flat(self.settings), **_flat(more), **own}
         path = ROOT / getattr(self, stage)
         return load_settings(path, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
@@ -217,14 +226,23 @@ def _check(path: Path, plan: Plan) -> None:
                 f"{path}: arm {arm.name} has a reduction and no checkpoint: give the arm whose "
                 "model it is used on, or train with it as model.reduction"
             )
+        if arm.pretrained is not None:
+            first = plan.arms.get(arm.pretrained)
+            if first is None:
+                raise ValueError(f"{path}: {nearest('arm', arm.pretrained, plan.arms)}")
+            if first.checkpoint or first.pretrained or first.model != arm.model:
+                raise ValueError(
+                    f"{path}: arm {arm.name} goes on from stage 1 of {first.name}, which must "
+                    "train it itself, with the same model settings"
+                )
         if arm.checkpoint is not None:
             source = plan.arms.get(arm.checkpoint)
             if source is None:
                 raise ValueError(f"{path}: {nearest('arm', arm.checkpoint, plan.arms)}")
-            if source.checkpoint is not None or arm.model:
+            if source.checkpoint is not None or arm.model or arm.finetune or arm.pretrained:
                 raise ValueError(
-                    f"{path}: arm {arm.name} evaluates {source.name}, so it has no model settings, "
-                    "and that arm must train"
+                    f"{path}: arm {arm.name} evaluates {source.name}, so it has no settings of "
+                    "training, and that arm must train"
                 )
 
 

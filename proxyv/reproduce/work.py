@@ -122,7 +122,7 @@ def run_job(
     """
     started = time.monotonic()
     source = plan.trained(job)
-    trained = {stage: train_job(plan, source, stage, runs) for stage in STAGES}
+    trained = {stage: train_job(plan, plan.trainer(source, stage), stage, runs) for stage in STAGES}
     model = runs / source.name / "finetune"
     fields: dict[str, Any] = (
         {} if job.arm.reduction is None else {"reduction": dict(job.arm.reduction)}
