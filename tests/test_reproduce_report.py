@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from proxyv.cli import run_command
+from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.claims import CLAIMS, Claim, Gap, find_gap, verdict
 from proxyv.reproduce.plan import Plan, find_plan
@@ -27,6 +28,10 @@ from proxyv.reproduce.results import (
 
 QUESTIONS = 400
 TASKS = ("docvqa", "chartqa", "infovqa", "textvqa", "ocrbench", "refcoco_testA", "ccpdf")
+MEASURES = {task: BENCHMARKS[task].main_score for task in TASKS} | {
+    "refcoco_testA": "refcoco_Center_ACC",
+    "ccpdf": "doc_edit_distance",
+}
 
 
 def answers(rate: float, stream: int, like: np.ndarray | None = None) -> np.ndarray:
@@ -47,10 +52,10 @@ def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> d
         "tasks": {
             task: {
                 "samples": QUESTIONS,
-                "measure": "main",
+                "measure": MEASURES[task],
                 "value": float(own.mean()),
                 "questions": "same",
-                "scores": {"main": pack(own)},
+                "scores": {MEASURES[task]: pack(1 - own if task == "ccpdf" else own)},
                 "seconds": 1.0,
             }
             for task, own in parts.items()
@@ -177,7 +182,7 @@ def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
 
     rewrite(tmp_path, "proxyv-early-seed1", change)
     table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
-    assert find_gap(plan, table, CLAIMS[0]) == "chartqa: not the same questions"
+    assert find_gap(plan, table, CLAIMS[0]) == "chartqa: not the same questions or measure"
     parsing = Claim("", "", "proxyv-early", "baseline", "better", "ccpdf")
     assert isinstance(find_gap(plan, table, parsing), Gap)
     said = cells(report(tmp_path), "ProxyV loses nothing in page parsing")
@@ -263,6 +268,15 @@ def test_damaged_and_foreign_files_are_refused(
     rewrite(tmp_path, "baseline-seed1", lambda found: found.update(preset="smol"))
     assert run_command(main, words) == 2
     assert "is of preset 'smol', not 'tiny'" in capsys.readouterr().err
+    fill(tmp_path, plan, 0.0, (1,))
+    rewrite(
+        tmp_path,
+        "baseline-seed1",
+        lambda found: found["tasks"]["ccpdf"].update(measure="doc_bleu"),
+    )
+    assert run_command(main, words) == 2
+    said = "ccpdf was scored by doc_bleu, the preset says doc_edit_distance"
+    assert said in capsys.readouterr().err
     (tmp_path / "tiny" / "baseline-seed1.json").write_text('{"preset":')
     assert run_command(main, words) == 2
     assert "is damaged" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from proxyv.synthetic.words import Words, split_of
 from proxyv.synthetic.world import (
     CHART_PROMPT,
     DOCUMENT_PROMPT,
-    FAMILIAR,
+    HELD_OUT_KINDS,
     HeldOut,
     Mix,
     draw_page,
@@ -115,7 +115,7 @@ def test_familiar_pages_have_new_words_in_known_looks(tmp_path: Path) -> None:
         assert style.title in LOOKS["train"].titles and style.legend in LOOKS["train"].legends
 
     counts = {"train_documents": 2, "train_charts": 1, "test_documents": 12, "test_charts": 2}
-    for name, familiar in (("unseen", ()), ("familiar", FAMILIAR)):
+    for name, familiar in (("unseen", ()), ("familiar", HELD_OUT_KINDS)):
         write_world(
             tmp_path / name, seed=4, workers=1, all_benchmarks=True, familiar=familiar, **counts
         )
@@ -177,6 +177,11 @@ def test_charts_are_asked_only_the_kinds_wanted_and_training_stays(
     files = str(tmp_path / "chartqa" / "*.parquet")
     asked = datasets.load_dataset("parquet", data_files=files)["train"]
     assert {q.split()[0] for q in asked["question"]} == {"How", "Is"}
+
+
+def test_infographics_alone_lose_their_text(unseen: dict[str, bytes], tmp_path: Path) -> None:
+    write_world(tmp_path, **SMALL_WORLD, text_panels=0)
+    assert different(contents(tmp_path), unseen) == {"infovqa"}
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
         progress.begin(job)
         try:
             content = run_job(plan, job, runs, world, console.print)
-        except (Interrupted, Busy):  # busy: another run trains the stage 1 that it goes on from
+        except Interrupted:
             raise
         except Exception as error:  # whatever an arm fails of, the others are worth running
             content = failure(plan, job, error)

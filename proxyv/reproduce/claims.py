@@ -85,7 +85,7 @@ class Gap:
 CLAIMS = (
     Claim("ProxyV from 3/8 of the depth loses nothing against the baseline",
           "55.16, 54.64", "proxyv-early", "baseline", "not worse"),
-    Claim("The same where stage 2 is twice as long for both",
+    Claim("ProxyV from 3/8 loses nothing where stage 2 is twice as long for both",
           "–", "proxyv-early-long", "baseline-long", "not worse"),
     Claim("ProxyV from 3/8 of the depth is better than the baseline",
           "55.16, 54.64", "proxyv-early", "baseline", "better"),
@@ -127,7 +127,7 @@ def seed_parts(results: Sequence[Result], task: str) -> list[float]:
     """
     if len({result.questions(task) for result in results}) != 1:
         files = ", ".join(result.path.name for result in results)
-        raise ValueError(f"{task}: {files} were not asked the same questions")
+        raise ValueError(f"{task}: {files} were not asked the same questions, or not scored alike")
     parts = [result.parts(task) or [] for result in results]
     return np.mean(np.asarray(parts), axis=0).tolist()
 
@@ -147,7 +147,7 @@ def find_gap(plan: Plan, table: Table, claim: Claim) -> Gap | str:
         if any(result.questions(task) is None for result in everything):
             return f"{task} was not asked"
         if len({result.questions(task) for result in everything}) != 1:
-            return f"{task}: not the same questions"
+            return f"{task}: not the same questions or measure"
     strata = [[seed_parts(own, task) for task in tasks] for own in (first, second)]
     found = paired_difference(*strata)
     low, high = found.interval

@@ -52,13 +52,14 @@ def arm_cost(
         model: with its method, if any; it is fused afterwards, so it cannot be trained on.
         crops: (C, 3, height, width) what the prompt shows.
         cost: ``text`` tokens, and ``repeats`` of the timing.
-        trained: whether the arm trains on its own; else a step costs it what it costs the baseline.
+        trained: whether the arm trains; else it has no training step.
 
     Returns:
         ``flops`` of the decoder layers, in the paper's count and as run, the same of the baseline,
         ``kept`` (mean tokens that are left of a crop, where the image decides; else None), and
-        ``prefill_seconds`` and ``step_seconds`` of every round: forward and backward of one row
-        through all but the vision tower, every text token supervised.
+        ``prefill_seconds`` and ``step_seconds`` of every round. A step is forward and, but for the
+        vision tower, backward of one row with every text token supervised, in bfloat16 by
+        autocast as training is on a CPU, without the optimiser.
     """
     config = model.config
     base = _baseline(config)
@@ -95,6 +96,7 @@ def _time_steps(
 ) -> dict[str, list[float]]:
     """Seconds of every round of a training step, by model; the models come back for inference."""
     works = {}
+    device = prompts["arm"][0].device
     for name, (model, prompt) in prompts.items():
         model.train().requires_grad_(True)
         model.model.vision_tower.requires_grad_(False)
@@ -102,7 +104,7 @@ def _time_steps(
         labels = ids.masked_fill(ids == model.config.image_token_index, IGNORE_INDEX)
         works[name] = partial(_step, model, {**prompt, "labels": labels})
     timings = time_interleaved(
-        works, ids.device, repeats, after=lambda name: prompts[name][0].zero_grad()
+        works, device, repeats, after=lambda name: prompts[name][0].zero_grad()
     )
     for model, _ in prompts.values():
         model.eval().requires_grad_(False)
@@ -110,7 +112,9 @@ def _time_steps(
 
 
 def _step(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    model(**inputs, use_cache=False).loss.backward()
+    with torch.autocast(model.device.type, torch.bfloat16):
+        loss = model(**inputs, use_cache=False).loss
+    loss.backward()
 
 
 def _baseline(config: Any) -> Any:

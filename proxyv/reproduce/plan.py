@@ -75,7 +75,7 @@ class Plan:
         finetune: settings file of stage 2.
         world: arguments of ``proxyv.synthetic.world.write_world``.
         tasks: rows asked of each benchmark, from the first on.
-        score: benchmarks whose main scores are averaged.
+        score: benchmarks whose scores are averaged.
         seeds: of training.
         arms: by name.
         measures: what counts of some tasks in place of the benchmark's main score.
@@ -85,7 +85,7 @@ class Plan:
         later_seeds: how many of the seeds tiers 2 and 3 take.
         batch_size: questions at a time.
         answer_tokens: longest answer of some tasks; the others are as long as published.
-        cost: ``crops``, ``text`` and ``repeats`` of the prefill whose cost is measured.
+        cost: ``crops``, ``text`` and ``repeats`` of the prefill and the step that are timed.
         curve: shares of layers of the redundancy curve; None leaves it out.
     """
 
@@ -216,7 +216,20 @@ def _check(path: Path, plan: Plan) -> None:
             raise ValueError(f"{path}: {nearest('task', task, BENCHMARKS)}")
     if missing := [task for task in plan.score if task not in plan.tasks]:
         raise ValueError(f"{path}: score names {missing}, which tasks does not ask")
+    if idle := [task for task in plan.measures if task not in plan.tasks]:
+        raise ValueError(f"{path}: measures names {idle}, which tasks does not ask")
+    if plan.curve is not None and (twice := [t for t in plan.score if t in plan.measures]):
+        raise ValueError(
+            f"{path}: measures names {twice}, whose main scores make the redundancy curve: take "
+            "them out of measures or of score, or the curve out"
+        )
     for arm in plan.arms.values():
+        for section, own in arm.finetune.items():
+            if not isinstance(own, Mapping):
+                raise ValueError(
+                    f"{path}: arm {arm.name}: finetune has {section}: {own!r}; write it by "
+                    "section, such as {optim: {epochs: 2.0}}"
+                )
         if arm.tier not in TIERS:
             raise ValueError(f"{path}: arm {arm.name}: tier {arm.tier!r}, one of {[*TIERS]}")
         if arm.reduction is not None:

@@ -1,4 +1,4 @@
-"""The report: every number comes from a result file, and the same files give the same bytes."""
+"""The report: all results come from result files; the same files give the same bytes."""
 
 from __future__ import annotations
 
@@ -68,12 +68,18 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
             raise CommandError(
                 f"{result.path} is of preset {result.content['preset']!r}, not {plan.name!r}"
             )
+        for task, entry in result.content.get("tasks", {}).items():
+            if task in plan.tasks and entry["measure"] != _measure(plan, task):
+                raise CommandError(
+                    f"{result.path}: {task} was scored by {entry['measure']}, the preset says "
+                    f"{_measure(plan, task)}: undo that change, or run the arm again"
+                )
     table = {(result.arm, result.seed): result for result in found if result.done}
     failed = {(result.arm, result.seed): result for result in found if not result.done}
     jobs = plan.jobs()
     return {
         "plan": plan,
-        "measures": [f"{task}: {_measure(plan, task)}" for task in plan.tasks],
+        "measures": [f"{task}: {_measure_text(plan, task)}" for task in plan.tasks],
         "any": bool(table),
         "verdicts": [_verdict_row(plan, table, claim) for claim in CLAIMS],
         "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
@@ -100,7 +106,11 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
 
 
 def _measure(plan: Plan, task: str) -> str:
-    name = plan.measures.get(task) or BENCHMARKS[task].main_score
+    return plan.measures.get(task) or BENCHMARKS[task].main_score
+
+
+def _measure_text(plan: Plan, task: str) -> str:
+    name = _measure(plan, task)
     return f"1 - {name}" if name in LOWER_IS_BETTER else name
 
 
@@ -142,14 +152,16 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
         return None
     value, low, high = mean_interval(results, plan.score)
     gap = find_gap(plan, table, Claim("", "", arm.name, "baseline", "better"))
+    alike = not arm.finetune  # trained for as long as the baseline
+    compared = alike and arm.name != "baseline"
     paper = ROWS.get(arm.paper) if arm.paper else None
     return {
         "title": arm.title,
         "tier": TIERS[arm.tier],
         "seeds": str(len(results)),
         "score": f"{value:.2f} ({low:.2f} to {high:.2f})",
-        "gap": _gap_text(gap) if isinstance(gap, Gap) and arm.name != "baseline" else NONE,
-        "relative": _relative(plan, table, value),
+        "gap": _gap_text(gap) if compared and isinstance(gap, Gap) else NONE,
+        "relative": _relative(plan, table, arm) if alike else NONE,
         "flops": _percent(_flops_saved(results)),
         "as_run": _percent(_flops_saved(results, "as_run")),
         "time": NONE if arm.name == "baseline" else _percent(_time_saved(results, "prefill")),
@@ -160,11 +172,16 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
     }
 
 
-def _relative(plan: Plan, table: Table, value: float) -> str:
-    base = _of(plan, table, "baseline")
-    if not base or (score := mean_interval(base, plan.score)[0]) == 0:
+def _relative(plan: Plan, table: Table, arm: Arm) -> str:
+    """Percent of the baseline's score, over the seeds that both have."""
+    both = [s for s in plan.seeds if (arm.name, s) in table and ("baseline", s) in table]
+    if not both:
         return NONE
-    return f"{100 * value / score:.1f}"
+    own, base = (
+        mean_interval([table[name, s] for s in both], plan.score)[0]
+        for name in (arm.name, "baseline")
+    )
+    return NONE if base == 0 else f"{100 * own / base:.1f}"
 
 
 def _percent(value: float) -> str:
@@ -181,7 +198,7 @@ def _training_saved(arm: Arm, results: Sequence[Result]) -> str:
     if arm.name == "baseline":
         return NONE
     if arm.checkpoint is not None:
-        return f"that of {arm.checkpoint}"
+        return "not trained"
     return _percent(_time_saved(results, "step"))
 
 
@@ -273,7 +290,7 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
 def _commits(training: Mapping[str, Any]) -> str:
     """Commits that trained both stages, the first one first."""
     found = [commit for stage in STAGES for commit in training[stage]["commits"]]
-    return ", ".join(dict.fromkeys(map(_short, found)))
+    return ", ".join(dict.fromkeys(map(_short, found))) or "unknown"
 
 
 def _short(commit: str | None) -> str:

@@ -1,8 +1,8 @@
 """The result file of an arm with a seed: all that the report knows of it.
 
 ``docs/results/reproduction/<preset>/<arm>-seed<k>.json`` holds scores question by question, seed,
-commit, resolved settings, versions, hardware, seconds, FLOPs and prefill times; of an arm that
-failed, the reason. It is written in one step, so it is whole or not there.
+commits, resolved settings, versions, hardware, seconds, FLOPs, and times of prefills and training
+steps; of an arm that failed, the reason. It is written in one step, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -77,9 +77,12 @@ class Result:
         return [1 - part for part in found] if entry["measure"] in LOWER_IS_BETTER else found
 
     def questions(self, task: str) -> str | None:
-        """What names the questions of a task; two runs were asked the same where it is equal."""
+        """What names the questions of a task and their measure; None where it was not asked.
+
+        Scores of two runs can be compared where it is equal.
+        """
         entry = self.content["tasks"].get(task)
-        return None if entry is None else entry["questions"]
+        return None if entry is None else f"{entry['questions']} by {entry['measure']}"
 
 
 def result_file(folder: Path, job: Job) -> Path:

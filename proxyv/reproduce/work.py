@@ -9,8 +9,10 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from proxyv.study.__main__ import main as study
 from proxyv.train.build import FINISHED, SETTINGS, resolve
 from proxyv.train.config_files import load_settings
 from proxyv.train.launch import prepare_rank
+from proxyv.train.lock import only_run
 from proxyv.train.run import identity, train
 from proxyv.train.settings import Settings
 
@@ -122,7 +125,12 @@ def run_job(
     """
     started = time.monotonic()
     source = plan.trained(job)
-    trained = {stage: train_job(plan, plan.trainer(source, stage), stage, runs) for stage in STAGES}
+    trained = {}
+    for stage in STAGES:
+        trainer = plan.trainer(source, stage)
+        # Another run may be at the arm that this stage 1 is of: its folder is waited for.
+        with nullcontext() if trainer is source else only_run(runs / trainer.name, math.inf):
+            trained[stage] = train_job(plan, trainer, stage, runs)
     model = runs / source.name / "finetune"
     fields: dict[str, Any] = (
         {} if job.arm.reduction is None else {"reduction": dict(job.arm.reduction)}
@@ -130,7 +138,7 @@ def run_job(
     answerer = BriefAnswerer.load(str(model), **fields)
     assert isinstance(answerer, BriefAnswerer), "load makes an object of the class it is called on"
     tasks = evaluate(plan, answerer, model, world, runs / job.name / "eval", say)
-    say(f"{job.name}: cost of a prefill")
+    say(f"{job.name}: cost of a prefill and of a training step")
     benchmark = BENCHMARKS[plan.score[0]]
     crops = page_crops(answerer, benchmark, load_rows(benchmark, world), plan.cost["crops"])
     return {
@@ -145,7 +153,12 @@ def run_job(
             **{name: summary for name, (summary, _) in trained.items()},
         },
         "settings": {
-            "arm": {"model": dict(job.arm.model), "reduction": fields.get("reduction")},
+            "arm": {
+                "model": dict(job.arm.model),
+                "finetune": dict(job.arm.finetune),
+                "pretrained": job.arm.pretrained,
+                "reduction": fields.get("reduction"),
+            },
             **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
             "evaluation": answerer.describe()
             | {"batch_size": plan.batch_size, "answer_tokens": dict(plan.answer_tokens)},

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from proxyv.cli import run_command
-from proxyv.synthetic.world import FAMILIAR, write_world
+from proxyv.synthetic.world import HELD_OUT_KINDS, write_world
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--familiar",
         nargs="+",
-        choices=FAMILIAR,
+        choices=HELD_OUT_KINDS,
         default=(),
         help="test pages of these kinds in the typefaces, looks and layouts of training; only "
         "words and values are new",

@@ -48,7 +48,7 @@ from proxyv.synthetic.word_grid import make_word_grid
 __all__ = [
     "CHART_PROMPT",
     "DOCUMENT_PROMPT",
-    "FAMILIAR",
+    "HELD_OUT_KINDS",
     "READ_PROMPT",
     "HeldOut",
     "Mix",
@@ -115,9 +115,9 @@ def prompt_suffix(page: Page) -> str:
     return CHART_PROMPT if is_chart(page) else DOCUMENT_PROMPT
 
 
-FAMILIAR = ("documents", "charts", "infographics", "pages", "scenes")
-"""Kinds of pages for evaluation that can look like those of training; OCRBench has the documents of
-the first kind and its words with the scenes."""
+HELD_OUT_KINDS = ("documents", "charts", "infographics", "pages", "scenes")
+"""Kinds of pages for evaluation, each of which can look like those of training; OCRBench has the
+documents of the first kind and its words with the scenes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class HeldOut:
     """How pages for evaluation differ from those of training, besides words and values.
 
     Attributes:
-        familiar: kinds of pages, of `FAMILIAR`, with typefaces, looks and layouts of training.
+        familiar: kinds of pages, of `HELD_OUT_KINDS`, that look as in training.
         chart_kinds: of questions about charts.
         printed: whether every chart prints its values.
         text_panels: written panels of an infographic besides the chart and the document.
@@ -139,7 +139,7 @@ class HeldOut:
     def __post_init__(self) -> None:
         """Raises a ValueError about a kind that there is not."""
         for option, given, known in (
-            ("familiar", self.familiar, FAMILIAR),
+            ("familiar", self.familiar, HELD_OUT_KINDS),
             ("chart_kinds", self.chart_kinds, CHART_KINDS),
         ):
             if unknown := sorted({*given} - {*known}):
