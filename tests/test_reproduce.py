@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from proxyv.eval.sources import load_rows
 from proxyv.model.crops import crop_layout
 from proxyv.model.flops import RowTokens, paper_flops
 from proxyv.profiling.shapes import with_start
+from proxyv.reproduce import work
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
@@ -246,6 +249,35 @@ def test_runs_beside_each_other_share_the_arms(
     assert [path.name for path in tmp_path.glob("mini/*")] == ["proxyv-early-seed1.json"]
     assert run(interrupted, *ours) == 0
     assert (tmp_path / "mini" / "prumerge-seed1.json").is_file()
+
+
+def test_a_shared_stage_1_is_waited_for(
+    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arm that trains it is held by another process until just before it is looked at."""
+    order = []
+    looked_at = work.train_job
+
+    def train_job(plan, job, stage, runs):
+        order.append(f"{job.name} {stage}")
+        return looked_at(plan, job, stage, runs)
+
+    monkeypatch.setattr(work, "train_job", train_job)
+    held, name = threading.Event(), "baseline-seed1"
+
+    def hold() -> None:
+        with only_run(interrupted / "runs" / "mini" / name):
+            held.set()
+            time.sleep(1.5)
+            order.append("let go")
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    ours = ["--arms", "longer", "--seeds", "1", "--results", str(tmp_path)]
+    assert run(interrupted, *ours) == 0
+    other.join()
+    assert order == ["let go", f"{name} pretrain", "longer-seed1 finetune"]
 
 
 def test_shipped_presets_are_complete() -> None:
