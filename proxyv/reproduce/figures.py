@@ -34,6 +34,7 @@ def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
             fontsize="x-small",
         )
     axes.set(title=title, xlabel="prefill FLOPs, % of the baseline", ylabel="score, %")
+    axes.margins(x=0.15)  # for the names beside the points
     axes.grid(alpha=0.3)
     _save(figure, path)
 
