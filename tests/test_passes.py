@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import collate, sample, tiny_model
-from transformers import DynamicCache, LlamaConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from proxyv.model import passes
-from proxyv.model.passes import add_to, extend_cache, normalise, rotate
-
-CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=3, hidden_size=24)
+from proxyv.model.passes import add_to, normalise, rotate
 
 
 def drawn(*shape, dtype=torch.float32):
@@ -80,45 +76,6 @@ def test_norms_that_cannot_be_fused_are_called(monkeypatch):
     called: list[int] = []
     norm.register_forward_pre_hook(lambda module, args: called.append(1))
     assert torch.equal(normalise(norm, drawn(3, 24)), norm(drawn(3, 24))) and len(called) == 2
-
-
-def caches():
-    """Caches of every kind, empty."""
-    return {
-        "layers known": DynamicCache(config=CONFIG),
-        "layers made when met": DynamicCache(),
-        "static": StaticCache(config=CONFIG, max_cache_len=9),
-    }
-
-
-@pytest.mark.parametrize("kind", caches())
-def test_a_cache_holds_what_update_would_have_put_there(kind):
-    """A first turn, another one, and a crop, beside ``update`` itself."""
-    ours, stock = caches()[kind], caches()[kind]
-    for number, rows in enumerate((4, 1, 2)):
-        for layer in range(2):
-            keys, values = drawn(1, 3, rows, 8), drawn(1, 3, rows, 8) + 1
-            found = extend_cache(ours, keys, values, layer)
-            expected = stock.update(keys.clone(), values.clone(), layer)
-            for mine, theirs in zip(found, expected, strict=True):
-                assert torch.equal(mine, theirs)
-        if number == 1 and kind != "static":
-            ours.crop(-1)
-            stock.crop(-1)
-    assert ours.get_seq_length() == stock.get_seq_length()
-    for mine, theirs in zip(ours.layers, stock.layers, strict=True):
-        assert vars(mine).keys() == vars(theirs).keys()
-        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
-
-
-def test_the_first_keys_are_kept_and_not_copied():
-    cache = DynamicCache(config=CONFIG)
-    keys, values = drawn(1, 3, 4, 8), drawn(1, 3, 4, 8)
-    extend_cache(cache, keys, values, 1)
-    assert isinstance(cache.layers[1], DynamicLayer)
-    assert cache.layers[1].keys is keys and cache.layers[1].values is values
-    again = extend_cache(cache, keys, values, 1)[0]
-    assert again.shape[2] == 8 and torch.equal(keys, cache.layers[1].keys[:, :, :4])
 
 
 @pytest.mark.parametrize("folded", [False, True])

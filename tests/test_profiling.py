@@ -262,6 +262,8 @@ def test_token_reduction_is_rows_of_its_own(capsys):
         name for method in alone for name in (method, f"ProxyV-L1 learned+{method}")
     ]
     assert [row["arm"] for row in rows if row["operation"] == "prefill"] == arms
+    decoding = [row["arm"] for row in rows if row["operation"] == "decode step"]
+    assert decoding == [*arms, "baseline, stock cache"]
     assert all(row["median ms"] > 0 for row in rows)
     saved = {r["arm"]: r["FLOPs saved %"] for r in rows if r["operation"] == "prefill"}
     assert all(saved[f"ProxyV-L1 learned+{name}"] > saved[name] > 0 for name in alone)

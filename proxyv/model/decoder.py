@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from proxyv.model.cache import extend_cache
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.masks import masked_attention
-from proxyv.model.passes import extend_cache, normalise, rotate
+from proxyv.model.passes import normalise, rotate
 from proxyv.model.proxies import (
     ProxyInitializer,
     join_groups,

@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.cache_utils import DynamicCache
 
+from proxyv.model.cache import GrowingCache
 from proxyv.model.crops import image_grids
 from proxyv.model.image_spans import find_images
 from proxyv.model.vision import IMAGE_INPUTS
@@ -66,6 +72,20 @@ class ImageGenerationMixin:
                 added = inputs["input_ids"].shape[1] - inputs["judges"].shape[1]
                 inputs["judges"] = torch.nn.functional.pad(inputs["judges"], (0, added))
         return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Make the cache, which grows in place where the stock one would be copied each step."""
+        given = model_kwargs.get("past_key_values")
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        made = model_kwargs.get("past_key_values")
+        stock = type(made) is DynamicCache and not made.offloading
+        if given is None and stock and not generation_config.is_assistant:
+            model_kwargs["past_key_values"] = GrowingCache(
+                self.config.get_text_config(decoder=True)
+            )
 
     def _expand_inputs_for_generation(
         self,

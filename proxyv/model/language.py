@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from proxyv.model.cache import GrowingCache
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.linear import FreshLinear
 from proxyv.model.masks import (
@@ -110,7 +111,7 @@ class ProxyVTextMixin:
                 raise ValueError("gradient checkpointing cannot train on past_key_values")
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(config=self.config)
         if self._drops_rows(layout, past_key_values):
             return self._forward_reduced(
                 inputs_embeds, layout, judges, attention_mask, position_ids, past_key_values, kwargs

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-__all__ = ["FUSED_NORM_DEVICES", "add_to", "extend_cache", "normalise", "rotate"]
+__all__ = ["FUSED_NORM_DEVICES", "add_to", "normalise", "rotate"]
 
 FUSED_NORM_DEVICES = ("cuda",)
 """Where torch's ``rms_norm`` is one kernel; on a CPU it takes the steps of the stock module."""
@@ -53,26 +52,3 @@ def normalise(norm: Any, rows: Tensor) -> Tensor:
     if not fused or epsilon is None or hasattr(weight, "ds_id"):
         return norm(rows)
     return torch.nn.functional.rms_norm(rows, weight.shape, weight, epsilon)
-
-
-def extend_cache(
-    cache: Cache, keys: Tensor, values: Tensor, layer_idx: int
-) -> tuple[Tensor, Tensor]:
-    """``cache.update``, which copies all it is given, without the copy where nothing is cached.
-
-    Args:
-        cache: any cache.
-        keys: (B, H, N, h), which nothing else may write to afterwards.
-        values: likewise.
-        layer_idx: layer of the cache.
-
-    Returns:
-        Keys and values of all rows, (B, H, past+N, h) each, or longer for a static cache.
-    """
-    plain = type(cache) is DynamicCache and not cache.offloading and layer_idx < len(cache.layers)
-    layer: Any = cache.layers[layer_idx] if plain else None
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
-        return cache.update(keys, values, layer_idx)
-    layer.dtype, layer.device = keys.dtype, keys.device
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
-    return keys, values

@@ -19,6 +19,7 @@ from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from proxyv.config import ProxyVConfig
+from proxyv.model.cache import GrowingCache
 from proxyv.model.crops import ImageGrid
 from proxyv.model.families import build_language_model
 from proxyv.model.flops import RowTokens
@@ -93,9 +94,10 @@ class Arm:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def prefill(self, inputs: Inputs) -> Cache:
-        """Read all rows; returns the cache."""
-        cache = DynamicCache(config=self.model.config)
+    def prefill(self, inputs: Inputs, stock: bool = False) -> Cache:
+        """Read all rows; returns the cache, a stock one or one that grows in place."""
+        config = self.model.config
+        cache = DynamicCache(config=config) if stock else GrowingCache(config)
         self.read(inputs, past_key_values=cache, use_cache=True)
         return cache
 

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 OPERATIONS = ("prefill", "decode", "answer", "training")
+STOCK_CACHE = "baseline, stock cache"
 Works = dict[str, Callable[[], Any]]
 _MIB = 1 << 20
 
@@ -74,6 +75,9 @@ def latency_report(
     if "decode" in operations:
         caches = {arm.name: arm.prefill(inputs[arm.name]) for arm in arms}
         works = {arm.name: partial(arm.decode, inputs[arm.name], caches[arm.name]) for arm in arms}
+        base = arms[0]
+        caches[STOCK_CACHE] = base.prefill(inputs[base.name], stock=True)
+        works[STOCK_CACHE] = partial(base.decode, inputs[base.name], caches[STOCK_CACHE])
         many = Rounds(5 * rounds.repeats, 5 * rounds.warmup)
         measured["decode step"] = time_interleaved(
             works, device, *many, after=lambda name: caches[name].crop(-1)
@@ -86,6 +90,7 @@ def latency_report(
     if "training" in operations:
         measured["training step"] = _time_training(arms, inputs, device, rounds, checkpointing)
     flops = {arm.name: _operation_flops(arm, row, causal, tokens, checkpointing) for arm in arms}
+    flops[STOCK_CACHE] = flops[arms[0].name]
     rows = [
         line
         for operation, timings in measured.items()
@@ -94,13 +99,18 @@ def latency_report(
     ratios = {
         arm.name: [line["time ratio"] for line in rows if line["arm"] == arm.name] for arm in arms
     }
+    notes = times_note(arms, row)
+    if "decode step" in measured:
+        notes += " The cache of every arm grows in place, but for the stock cache."
+    if "answer" in measured:
+        notes += f" Answer: prefill and {tokens} tokens."
+    if "training step" in measured:
+        notes += training_note(checkpointing)
     return Report(
         name="latency",
         title=f"Latency: {setting_of(arms[0], inputs[arms[0].name])}",
         rows=rows,
-        notes=times_note(arms, row)
-        + (f" Answer: prefill and {tokens} tokens." if "answer" in measured else "")
-        + (training_note(checkpointing) if "training step" in measured else ""),
+        notes=notes,
         plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
     )
 
