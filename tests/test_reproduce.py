@@ -28,13 +28,13 @@ from proxyv.model.flops import RowTokens, paper_flops
 from proxyv.profiling.shapes import with_start
 from proxyv.reproduce import work
 from proxyv.reproduce.__main__ import main
-from proxyv.reproduce.plan import Job, choose, find_plan, presets, read_plan
+from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, left_seconds
 from proxyv.reproduce.results import pack, unpack
 from proxyv.study.kept import kept_patches
 from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
-from proxyv.train.build import build_on_meta
+from proxyv.train.build import build, build_on_meta, resolve
 from proxyv.train.lock import only_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +71,8 @@ arms:
   wrong: {{tier: 3, title: wrong, model: {{start_layer: 9}}}}
   longer: {{tier: 3, title: longer, model: {{start_layer: null}}, pretrained: baseline,
     finetune: {{optim: {{max_steps: 3}}}}}}
+  dropping: {{tier: 3, title: dropping, pretrained: baseline,
+    model: {{start_layer: null, reduction: {{method: pyramiddrop, layers: [1], ratios: [0.5]}}}}}}
 """
 
 
@@ -211,6 +213,7 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
         "prumerge-seed1": "done",
         "wrong-seed1": "failed",
         "longer-seed1": "not run",
+        "dropping-seed1": "not run",
     }
     answering = sum(task["seconds"] for task in fastv["tasks"].values())
     assert states["fastv-seed1"]["seconds"] == pytest.approx(answering)
@@ -227,6 +230,29 @@ def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
     assert not (interrupted / "runs" / "mini" / "longer-seed1" / "pretrain").exists()
     assert longer["weights"] != base["weights"]
     assert longer["settings"]["finetune"]["optim"]["max_steps"] == 3
+
+
+def test_stage_2_is_trained_with_a_method_from_the_stage_1_without(interrupted: Path) -> None:
+    """What is dropped, is dropped while it trains, is evaluated, and is timed."""
+    assert run(interrupted, "--arms", "dropping", "--seeds", "1") == 0
+    base, found = (content(interrupted, name) for name in ("baseline-seed1", "dropping-seed1"))
+    method = {"method": "pyramiddrop", "layers": [1], "ratios": [0.5]}
+    assert found["training"]["pretrain"] == base["training"]["pretrain"]
+    assert found["weights"] != base["weights"]
+    settings = found["settings"]
+    assert settings["pretrain"]["model"]["reduction"] == {}
+    assert settings["finetune"]["model"]["reduction"] == method
+    assert settings["evaluation"]["reduction"].items() >= method.items()
+    cost = found["cost"]
+    assert cost["flops"]["paper"] < cost["baseline_flops"]["paper"]
+    assert cost["baseline_flops"] == base["cost"]["flops"]
+    assert len(cost["step_seconds"]) == len(cost["baseline_step_seconds"]) == 2
+    forgotten = read_plan(interrupted / "mini.yaml").stage(
+        Job(Arm("later", "later", 3, {"start_layer": None}), 1), "finetune", interrupted / "runs"
+    )
+    forgotten.model.init_from = str(interrupted / "runs" / "mini" / "dropping-seed1" / "finetune")
+    with pytest.raises(ValueError, match=r"model\.reduction=None contradicts .*pyramiddrop"):
+        build(resolve(forgotten))
 
 
 def test_a_changed_preset_is_refused(interrupted: Path, tmp_path: Path) -> None:
@@ -296,7 +322,8 @@ def test_shipped_presets_are_complete() -> None:
             if job.arm.checkpoint is None and job.seed == plan.seeds[0]:
                 settings = plan.stage(job, "finetune", Path("runs"))
                 long = job.arm.name.endswith("-long")
-                earlier = f"{job.arm.name.removesuffix('-long')}-seed{job.seed}"
+                of = "baseline" if job.arm.name.endswith("-trained") else job.arm.name
+                earlier = f"{of.removesuffix('-long')}-seed{job.seed}"
                 assert settings.model.init_from == f"runs/{earlier}/pretrain"
                 first = plan.stage(plan.trainer(job, "pretrain"), "pretrain", Path("runs"))
                 assert first.run.output_dir == settings.model.init_from
@@ -379,7 +406,7 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
     plan = read_plan(tmp_path / "mini.yaml")
     assert [job.name for job in choose(plan, [2, 3], None, None)] == [
-        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1")
+        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1", "dropping-seed1")
     ]
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [

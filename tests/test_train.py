@@ -389,6 +389,9 @@ def test_stage_two_refuses_what_does_not_fit(two_stages, world, tmp_path):
     other = settings_for(world, "finetune", **{**base, "model.start_layer": 2})
     with pytest.raises(ValueError, match=r"model\.start_layer=2 contradicts .*start_layer=1"):
         build(resolve(other))
+    packer = {"model.reduction": {"method": "tokenpacker", "scale": 2}}  # has weights
+    with pytest.raises(ValueError, match=r"model\.reduction=.*tokenpacker.* contradicts .*None"):
+        build(resolve(settings_for(world, "finetune", **{**base, **packer})))
     nowhere = settings_for(world, "finetune", **{**base, "model.init_from": tmp_path / "gone"})
     with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no config\.json\)"):
         starting_folder(nowhere)

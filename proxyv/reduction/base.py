@@ -43,11 +43,13 @@ class Reduction(ABC):
         name: as a configuration writes it.
         stage: "image", "tower", "projector" or "decoder".
         keeps_grid: a reduced crop is a square grid again, of which spatial proxies can be made.
+        weights: it has weights of its own.
     """
 
     name: ClassVar[str]
     stage: ClassVar[str]
     keeps_grid: ClassVar[bool] = False
+    weights: ClassVar[bool] = False
 
     @abstractmethod
     def tokens_per_crop(self, num_patches: int) -> int | None:
@@ -136,6 +138,7 @@ class ProjectorReduction(Reduction):
     """Replaces the projector by one with fewer outputs than inputs, which has to be trained."""
 
     stage = "projector"
+    weights = True
 
     @abstractmethod
     def build(self, vision_width: int, hidden_size: int, side: int, levels: int) -> nn.Module:

@@ -243,10 +243,12 @@ def _check(path: Path, plan: Plan) -> None:
             first = plan.arms.get(arm.pretrained)
             if first is None:
                 raise ValueError(f"{path}: {nearest('arm', arm.pretrained, plan.arms)}")
-            if first.checkpoint or first.pretrained or first.model != arm.model:
+            alike = first.model in (arm.model, _begun_with(arm.model))
+            if first.checkpoint or first.pretrained or not alike:
                 raise ValueError(
                     f"{path}: arm {arm.name} goes on from stage 1 of {first.name}, which must "
-                    "train it itself, with the same model settings"
+                    "train it itself, with the same model settings, or all of them but for "
+                    "a token reduction without weights"
                 )
         if arm.checkpoint is not None:
             source = plan.arms.get(arm.checkpoint)
@@ -257,6 +259,13 @@ def _check(path: Path, plan: Plan) -> None:
                     f"{path}: arm {arm.name} evaluates {source.name}, so it has no settings of "
                     "training, and that arm must train"
                 )
+
+
+def _begun_with(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stage 1 that a model can go on from: a method may begin with stage 2."""
+    reduction = model.get("reduction")
+    begins = reduction is not None and not build_reduction(reduction).weights
+    return {key: value for key, value in model.items() if not (begins and key == "reduction")}
 
 
 def choose(

@@ -43,7 +43,7 @@ __all__ = ["BriefAnswerer", "failure", "make_world", "now", "run_curve", "run_jo
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
 
-LONG_ANSWER, LONG_ANSWER_BATCH = 128, 4
+LONG_ANSWER, LONG_ANSWER_BATCH = 128, 16
 
 
 class BriefAnswerer(Answerer):
@@ -58,7 +58,7 @@ class BriefAnswerer(Answerer):
     def batch_tokens(self) -> int | None:
         """Input tokens that are worth reading together: more where answers are long.
 
-        A step of decoding reads all weights, for one row or for four (docs/log.md).
+        A step of decoding reads all weights, for one row or for many (docs/log.md).
         """
         limit = super().batch_tokens
         is_long = self.most_tokens is not None and self.most_tokens >= LONG_ANSWER

@@ -22,6 +22,7 @@ from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 from proxyv.model.stage1 import load_projector
+from proxyv.reduction import build_reduction
 from proxyv.train.adapters import add_adapters, quantize
 from proxyv.train.settings import ModelSettings, Settings
 from proxyv.train.sharding import build_in_shares, in_shares
@@ -314,18 +315,21 @@ def _pixel_statistics(vision: str) -> tuple[Any, Any]:
 
 
 def _from_run(settings: Settings, folder: Path) -> Any:
-    """Load a finished run, strictly."""
+    """Load a finished run, strictly; only a token reduction without weights may come anew."""
     config = ProxyVConfig.from_pretrained(folder)
+    begun: dict[str, Any] = {}
     for key, wanted in _options(settings.model).items():
         found = getattr(config, key)
-        if found != wanted:
+        if key == "reduction" and found is None and wanted and not build_reduction(wanted).weights:
+            begun[key] = wanted
+        elif found != wanted:
             raise ValueError(
                 f"model.{key}={wanted} contradicts the run in {folder}, which was trained with "
                 f"{key}={found}; set model.{key}={'null' if found is None else found}, or start "
                 "from another run"
             )
     model, info = ProxyVForConditionalGeneration.from_pretrained(
-        folder, dtype=_weight_dtype(settings), output_loading_info=True
+        folder, dtype=_weight_dtype(settings), output_loading_info=True, **begun
     )
     faults = {
         key: sorted(map(str, info.get(key) or ()))
