@@ -29,7 +29,7 @@ from proxyv.profiling.shapes import with_start
 from proxyv.reproduce import work
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan
-from proxyv.reproduce.progress import JobState, left_seconds
+from proxyv.reproduce.progress import JobState, job_states, left_seconds
 from proxyv.reproduce.results import pack, unpack
 from proxyv.study.kept import kept_patches
 from proxyv.synthetic.training_kinds import Sizes, draw_row
@@ -230,6 +230,10 @@ def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
     assert not (interrupted / "runs" / "mini" / "longer-seed1" / "pretrain").exists()
     assert longer["weights"] != base["weights"]
     assert longer["settings"]["finetune"]["optim"]["max_steps"] == 3
+    plan, folder = read_plan(interrupted / "mini.yaml"), interrupted / "runs-results" / "mini"
+    [state] = job_states([Job(plan.arms["longer"], 1)], folder, interrupted / "runs")
+    answering = sum(task["seconds"] for task in longer["tasks"].values())
+    assert state.seconds == pytest.approx(answering + longer["training"]["finetune"]["seconds"])
 
 
 def test_stage_2_is_trained_with_a_method_from_the_stage_1_without(interrupted: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from proxyv.reproduce.plan import TIERS, Job, Plan
+from proxyv.reproduce.plan import STAGES, TIERS, Job, Plan
 from proxyv.reproduce.results import Result, read_result, result_file
 
 __all__ = ["JobState", "Progress", "duration", "job_states", "left_seconds", "state_table"]
@@ -60,11 +60,13 @@ def _state(job: Job, result: Result | None, runs: Path) -> JobState:
 
 
 def spent(content: Mapping[str, Any]) -> float:
-    """Seconds of training, of one's own, and of evaluation."""
-    own = content["training"]["of"] == f"{content['arm']}-seed{content['seed']}"
-    stages = [content["training"][stage]["seconds"] for stage in ("pretrain", "finetune")]
-    answering = sum(task["seconds"] for task in content["tasks"].values())
-    return answering + (sum(stages) if own else 0.0)
+    """Seconds of training, without what another arm trained, and of evaluation."""
+    stages: tuple[str, ...] = ()
+    if content["training"]["of"] == f"{content['arm']}-seed{content['seed']}":
+        shared = content["settings"]["arm"]["pretrained"] is not None
+        stages = STAGES[1:] if shared else STAGES
+    training = sum(content["training"][stage]["seconds"] for stage in stages)
+    return training + sum(task["seconds"] for task in content["tasks"].values())
 
 
 def left_seconds(states: Sequence[JobState]) -> float | None:
