@@ -310,6 +310,15 @@ def test_a_shared_stage_1_is_waited_for(
     assert order == ["let go", f"{name} pretrain", "longer-seed1 finetune"]
 
 
+def test_a_curve_in_other_hands_is_not_waited_for(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("proxyv.reproduce.__main__._DYING_SECONDS", 0.2)
+    with only_run(interrupted / "runs" / "mini" / "redundancy"):
+        assert run(interrupted, "--arms", "baseline", "--seeds", "1") == 0
+    assert "left to another run: the redundancy curve" in capsys.readouterr().err
+
+
 def test_shipped_presets_are_complete() -> None:
     assert presets() == ["smol", "tiny"]
     for name in presets():

@@ -137,8 +137,11 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     if left:
         console.print(f"left to other runs: {', '.join(job.name for job in left)}")
     else:
-        with only_run(runs / "redundancy", wait_seconds=math.inf):
-            run_curve(plan, runs, results, console.print)
+        try:
+            with only_run(runs / "redundancy", wait_seconds=_DYING_SECONDS):
+                run_curve(plan, runs, results, console.print)
+        except Busy:
+            console.print("left to another run: the redundancy curve")
     failed = [
         job.name for job in jobs if (r := read_result(result_file(results, job))) and not r.done
     ]
