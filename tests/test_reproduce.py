@@ -73,6 +73,8 @@ arms:
     finetune: {{optim: {{max_steps: 3}}}}}}
   dropping: {{tier: 3, title: dropping, pretrained: baseline,
     model: {{start_layer: null, reduction: {{method: pyramiddrop, layers: [1], ratios: [0.5]}}}}}}
+  pooling: {{tier: 3, title: pooling, pretrained: baseline,
+    model: {{start_layer: null, reduction: {{method: average_pool, block: 2}}}}}}
 """
 
 
@@ -214,6 +216,7 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
         "wrong-seed1": "failed",
         "longer-seed1": "not run",
         "dropping-seed1": "not run",
+        "pooling-seed1": "not run",
     }
     answering = sum(task["seconds"] for task in fastv["tasks"].values())
     assert states["fastv-seed1"]["seconds"] == pytest.approx(answering)
@@ -236,13 +239,24 @@ def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
     assert state.seconds == pytest.approx(answering + longer["training"]["finetune"]["seconds"])
 
 
-def test_stage_2_is_trained_with_a_method_from_the_stage_1_without(interrupted: Path) -> None:
-    """What is dropped, is dropped while it trains, is evaluated, and is timed."""
-    assert run(interrupted, "--arms", "dropping", "--seeds", "1") == 0
-    base, found = (content(interrupted, name) for name in ("baseline-seed1", "dropping-seed1"))
-    method = {"method": "pyramiddrop", "layers": [1], "ratios": [0.5]}
+METHODS = {
+    "dropping": {"method": "pyramiddrop", "layers": [1], "ratios": [0.5]},
+    "pooling": {"method": "average_pool", "block": 2},
+}
+
+
+@pytest.mark.parametrize("arm", METHODS)
+def test_stage_2_is_trained_with_a_method_from_the_stage_1_without(
+    interrupted: Path, arm: str
+) -> None:
+    """What is left out, is while it trains, is evaluated, and is timed; of either kind."""
+    assert run(interrupted, "--arms", arm, "--seeds", "1") == 0
+    base, found = (content(interrupted, f"{name}-seed1") for name in ("baseline", arm))
+    method = METHODS[arm]
     assert found["training"]["pretrain"] == base["training"]["pretrain"]
-    assert found["weights"] != base["weights"]
+    folders = [interrupted / "runs" / "mini" / f"{name}-seed1" for name in ("baseline", arm)]
+    weights = [(folder / "finetune" / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] != weights[1]  # although all else of the training is alike
     settings = found["settings"]
     assert settings["pretrain"]["model"]["reduction"] == {}
     assert settings["finetune"]["model"]["reduction"] == method
@@ -254,8 +268,10 @@ def test_stage_2_is_trained_with_a_method_from_the_stage_1_without(interrupted: 
     forgotten = read_plan(interrupted / "mini.yaml").stage(
         Job(Arm("later", "later", 3, {"start_layer": None}), 1), "finetune", interrupted / "runs"
     )
-    forgotten.model.init_from = str(interrupted / "runs" / "mini" / "dropping-seed1" / "finetune")
-    with pytest.raises(ValueError, match=r"model\.reduction=None contradicts .*pyramiddrop"):
+    forgotten.model.init_from = str(interrupted / "runs" / "mini" / f"{arm}-seed1" / "finetune")
+    with pytest.raises(
+        ValueError, match=rf"model\.reduction=None contradicts .*{method['method']}"
+    ):
         build(resolve(forgotten))
 
 
@@ -419,7 +435,8 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
     plan = read_plan(tmp_path / "mini.yaml")
     assert [job.name for job in choose(plan, [2, 3], None, None)] == [
-        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1", "dropping-seed1")
+        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1", "dropping-seed1"),
+        "pooling-seed1",
     ]
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [

@@ -6,63 +6,66 @@ keys and values of the prompt: thousands of rows where images are read (docs/log
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 __all__ = ["ROOM", "GrowingCache", "GrowingLayer", "extend_cache"]
 
 ROOM = 64
-"""How many rows to make room for where there is none left."""
+"""How many more rows to make room for where there is none left."""
 
 
-class Buffer:
-    """Keys or values of a layer, with room behind the last row."""
+class Room:
+    """Appends to the keys or the values of a layer, and knows the room behind them.
+
+    Only the very tensor that was returned last has room; views of it, copies and what else takes
+    its place in the layer are copied at the next call. So no row is written twice, and memory that
+    is not shown any more is free.
+    """
 
     def __init__(self) -> None:
-        self.memory: Tensor | None = None
-        self.shown: Tensor | None = None
+        self._shown: weakref.ref[Tensor] | None = None
+        self._capacity = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Room, ()  # copies of a cache have rows of their own, without room
 
     def append(self, old: Tensor, new: Tensor) -> Tensor:
-        """What ``torch.cat`` gives; old rows that have room behind them are not copied.
-
-        Args:
-            old: (B, H, past, h). If it is not what was last shown, it is copied.
-            new: (B, H, N, h).
-
-        Returns:
-            (B, H, past+N, h).
-        """
+        """What ``torch.cat`` gives of rows (B, H, past, h) and (B, H, N, h)."""
+        leading, width = old.shape[:-2], old.shape[-1]
+        if (new.shape[:-2], new.shape[-1], new.dtype, new.device) != (
+            leading, width, old.dtype, old.device,
+        ):  # fmt: skip
+            return torch.cat([old, new], dim=-2)  # which promotes types, or says what is wrong
         past, length = old.shape[-2], old.shape[-2] + new.shape[-2]
-        memory = self.memory if old is self.shown else None
+        owned = self._shown is not None and self._shown() is old
         # Only inference mode may write into what inference mode has made.
-        closed = not torch.is_inference_mode_enabled()
-        if memory is None or memory.shape[-2] < length or (closed and memory.is_inference()):
-            memory = old.new_empty(*old.shape[:-2], length + ROOM, old.shape[-1])
-            memory[..., :past, :] = old
-        memory[..., past:length, :] = new
-        self.memory, self.shown = memory, memory[..., :length, :]
-        return self.shown
-
-    def crop(self, old: Tensor | None, cropped: Tensor | None) -> None:
-        """``cropped``, the first rows of ``old``, is shown from now on: its room is written to."""
-        if old is self.shown:
-            self.shown = cropped
+        closed = old.is_inference() and not torch.is_inference_mode_enabled()
+        if owned and length <= self._capacity and not closed:
+            rows = old.as_strided((*leading, length, width), old.stride())
+        else:
+            self._capacity = length + ROOM
+            rows = old.new_empty(*leading, self._capacity, width)[..., :length, :]
+            rows[..., :past, :] = old
+        rows[..., past:, :] = new
+        self._shown = weakref.ref(rows)
+        return rows
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of a `GrowingCache`.
+    """A layer of a `GrowingCache`: the stock layer with gradients, and while compiled.
 
-    With gradients, and while compiled, it is the stock layer. Unlike there, rows that were cut off
-    by ``crop`` are written over, also in what ``update`` returned before.
+    What ``update`` returns is a view of memory that later calls write to behind it. Autograd, which
+    looks at memory as a whole, refuses a graph that holds such a view across a later call.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._own_keys, self._own_values = Buffer(), Buffer()
+        self._key_room, self._value_room = Room(), Room()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -73,35 +76,23 @@ class GrowingLayer(DynamicLayer):
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return found
         assert self.keys is not None and self.values is not None, "there are rows"
-        self.keys = self._own_keys.append(self.keys, key_states)
-        self.values = self._own_values.append(self.values, value_states)
+        self.keys = self._key_room.append(self.keys, key_states)
+        self.values = self._value_room.append(self.values, value_states)
         return self.keys, self.values
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Cut off the last rows (see the stock layer); their room is used again."""
-        keys, values = self.keys, self.values
-        super().crop(*args, **kwargs)
-        self._own_keys.crop(keys, self.keys)
-        self._own_values.crop(values, self.values)
-
-    def reset(self) -> None:
-        """Forget all rows, and the room behind them."""
-        super().reset()
-        self._own_keys, self._own_values = Buffer(), Buffer()
 
 
 class GrowingCache(DynamicCache):
-    """The stock dynamic cache with layers that grow in place; sliding windows stay stock.
+    """The stock dynamic cache, arguments and all, with layers that grow in place.
 
-    Args:
-        config: of the decoder.
+    Sliding windows stay stock, and so does a cache made without a configuration.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(config=config)
-        self.layers = [
-            GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
-        ]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for place, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[place] = GrowingLayer()
+                vars(self.layers[place]).update(vars(layer))
 
 
 def extend_cache(

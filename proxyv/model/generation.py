@@ -84,7 +84,7 @@ class ImageGenerationMixin:
         stock = type(made) is DynamicCache and not made.offloading
         if given is None and stock and not generation_config.is_assistant:
             model_kwargs["past_key_values"] = GrowingCache(
-                self.config.get_text_config(decoder=True)
+                config=self.config.get_text_config(decoder=True)
             )
 
     def _expand_inputs_for_generation(

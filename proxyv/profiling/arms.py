@@ -96,8 +96,7 @@ class Arm:
     @torch.no_grad()
     def prefill(self, inputs: Inputs, stock: bool = False) -> Cache:
         """Read all rows; returns the cache, a stock one or one that grows in place."""
-        config = self.model.config
-        cache = DynamicCache(config=config) if stock else GrowingCache(config)
+        cache = (DynamicCache if stock else GrowingCache)(config=self.model.config)
         self.read(inputs, past_key_values=cache, use_cache=True)
         return cache
 

@@ -264,7 +264,7 @@ def _check(path: Path, plan: Plan) -> None:
 def _begun_with(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a stage 1 that a model can go on from: a method may begin with stage 2."""
     reduction = model.get("reduction")
-    begins = reduction is not None and not build_reduction(reduction).weights
+    begins = reduction and not build_reduction(reduction).weights
     return {key: value for key, value in model.items() if not (begins and key == "reduction")}
 
 

@@ -117,6 +117,8 @@ def starting_folder(settings: Settings) -> Path | None:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         how = "run scripts/pretrain.sh first" if given == "auto" else "name the folder of one"
+        if given == "auto" and settings.model.reduction:
+            how += ", or name one that was trained without the reduction"
         raise FileNotFoundError(
             f"model.init_from={given}: {folder} holds no finished run (no {missing[0]}); {how}"
         )
@@ -170,6 +172,7 @@ def build(settings: Settings) -> Built:
     else:
         model = _whole_or_shared(lambda: _from_run(settings, folder), settings)
         processor = ProxyVProcessor.from_pretrained(folder)
+        processor.follow(model.config)  # of a token reduction that begins with this run
     processor.image_aspect_ratio = settings.data.image_aspect_ratio
     processor.image_processor.image_grid_pinpoints = settings.data.image_grid_pinpoints
     model.config.image_grid_pinpoints = settings.data.image_grid_pinpoints
@@ -314,22 +317,35 @@ def _pixel_statistics(vision: str) -> tuple[Any, Any]:
     return found.get("image_mean", OPENAI_CLIP_MEAN), found.get("image_std", OPENAI_CLIP_STD)
 
 
-def _from_run(settings: Settings, folder: Path) -> Any:
-    """Load a finished run, strictly; only a token reduction without weights may come anew."""
+def _run_config(settings: Settings, folder: Path) -> Any:
+    """Configuration of a finished run to go on from.
+
+    A token reduction without weights may begin with this run; everything else stays as it was.
+    """
     config = ProxyVConfig.from_pretrained(folder)
-    begun: dict[str, Any] = {}
     for key, wanted in _options(settings.model).items():
-        found = getattr(config, key)
-        if key == "reduction" and found is None and wanted and not build_reduction(wanted).weights:
-            begun[key] = wanted
-        elif found != wanted:
+        found, hint = getattr(config, key), ""
+        if key == "reduction":
+            if found is None and wanted and not build_reduction(wanted).weights:
+                config = ProxyVConfig.from_pretrained(folder, reduction=wanted)
+                continue
+            hint = " (a method can begin here if it has no weights, and does not end)"
+        if found != wanted:
+            kept = {"reduction": "{}"}.get(key, "null") if found is None else found
             raise ValueError(
                 f"model.{key}={wanted} contradicts the run in {folder}, which was trained with "
-                f"{key}={found}; set model.{key}={'null' if found is None else found}, or start "
-                "from another run"
+                f"{key}={found}{hint}; set model.{key}={kept}, or start from another run"
             )
+    return config
+
+
+def _from_run(settings: Settings, folder: Path) -> Any:
+    """Load a finished run, strictly."""
     model, info = ProxyVForConditionalGeneration.from_pretrained(
-        folder, dtype=_weight_dtype(settings), output_loading_info=True, **begun
+        folder,
+        config=_run_config(settings, folder),
+        dtype=_weight_dtype(settings),
+        output_loading_info=True,
     )
     faults = {
         key: sorted(map(str, info.get(key) or ()))
@@ -351,7 +367,7 @@ def build_on_meta(settings: Settings) -> Any:
     """
     model, folder = settings.model, starting_folder_if_any(settings)
     if folder is not None:
-        config = ProxyVConfig.from_pretrained(folder)
+        config = _run_config(settings, folder)
     else:
         if model.vision_config is None or model.language_config is None:
             _check_backbones(model)
