@@ -409,7 +409,8 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
     [
         ("tier: 2", "tier: 7", "tier 7"),
         ("checkpoint: baseline", "checkpoint: baselin", "did you mean 'baseline'"),
-        ("method: fastv", "method: fasttv", "did you mean 'fastv'"),
+        ("method: fastv", "method: fasttv", "arm fastv: unknown reduction.method 'fasttv'"),
+        ("method: pyramiddrop", "method: pyramiddrp", "arm dropping: unknown reduction.method"),
         ("batch_size", "batchsize", "did you mean 'batch_size'"),
         ("answer_tokens: {docvqa", "answer_tokens: {docvq", "did you mean 'docvqa'"),
         ("tasks: {docvqa: 4", "tasks: {docvq: 4", "did you mean 'docvqa'"),
@@ -418,7 +419,7 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("seeds: [1, 2]", "seeds: [1]\nmeasures: {ccpdf: doc_bleu}", "tasks does not ask"),
         ("seeds: [1, 2]", "seeds: [1]\ncurve: 0,1\nmeasures: {docvqa: x}", "redundancy curve"),
         ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
-        ("pretrained: baseline", "pretrained: proxyv-early", "with the same model settings"),
+        ("pretrained: baseline", "pretrained: proxyv-early", "the same model settings"),
         ("pretrained: baseline", "pretrained: fastv", "which must train it itself"),
     ],
 )

@@ -224,48 +224,50 @@ def _check(path: Path, plan: Plan) -> None:
             "them out of measures or of score, or the curve out"
         )
     for arm in plan.arms.values():
-        for section, own in arm.finetune.items():
-            if not isinstance(own, Mapping):
-                raise ValueError(
-                    f"{path}: arm {arm.name}: finetune has {section}: {own!r}; write it by "
-                    "section, such as {optim: {epochs: 2.0}}"
-                )
-        if arm.tier not in TIERS:
-            raise ValueError(f"{path}: arm {arm.name}: tier {arm.tier!r}, one of {[*TIERS]}")
-        if arm.reduction is not None:
-            build_reduction(arm.reduction)
-        if arm.checkpoint is None and arm.reduction is not None:
+        try:
+            _check_arm(plan, arm)
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {arm.name}: {error}") from error
+
+
+def _check_arm(plan: Plan, arm: Arm) -> None:
+    for section, own in arm.finetune.items():
+        if not isinstance(own, Mapping):
             raise ValueError(
-                f"{path}: arm {arm.name} has a reduction and no checkpoint: give the arm whose "
-                "model it is used on, or train with it as model.reduction"
+                f"finetune has {section}: {own!r}; write it by section, such as "
+                "{optim: {epochs: 2.0}}"
             )
-        if arm.pretrained is not None:
-            first = plan.arms.get(arm.pretrained)
-            if first is None:
-                raise ValueError(f"{path}: {nearest('arm', arm.pretrained, plan.arms)}")
-            alike = first.model in (arm.model, _begun_with(arm.model))
-            if first.checkpoint or first.pretrained or not alike:
-                raise ValueError(
-                    f"{path}: arm {arm.name} goes on from stage 1 of {first.name}, which must "
-                    "train it itself, with the same model settings, or all of them but for "
-                    "a token reduction without weights"
-                )
-        if arm.checkpoint is not None:
-            source = plan.arms.get(arm.checkpoint)
-            if source is None:
-                raise ValueError(f"{path}: {nearest('arm', arm.checkpoint, plan.arms)}")
-            if source.checkpoint is not None or arm.model or arm.finetune or arm.pretrained:
-                raise ValueError(
-                    f"{path}: arm {arm.name} evaluates {source.name}, so it has no settings of "
-                    "training, and that arm must train"
-                )
-
-
-def _begun_with(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stage 1 that a model can go on from: a method may begin with stage 2."""
-    reduction = model.get("reduction")
-    begins = reduction and not build_reduction(reduction).weights
-    return {key: value for key, value in model.items() if not (begins and key == "reduction")}
+    if arm.tier not in TIERS:
+        raise ValueError(f"tier {arm.tier!r}, one of {[*TIERS]}")
+    if arm.reduction is not None:
+        build_reduction(arm.reduction)
+    if arm.checkpoint is None and arm.reduction is not None:
+        raise ValueError(
+            "a reduction and no checkpoint: give the arm whose model it is used on, or train with "
+            "it as model.reduction"
+        )
+    begun = dict(arm.model)  # the settings of a stage 1 that it can go on from
+    trained_with = begun.get("reduction")
+    if trained_with and not build_reduction(trained_with).weights:
+        del begun["reduction"]
+    if arm.pretrained is not None:
+        first = plan.arms.get(arm.pretrained)
+        if first is None:
+            raise ValueError(nearest("arm", arm.pretrained, plan.arms))
+        if first.checkpoint or first.pretrained or first.model not in (arm.model, begun):
+            raise ValueError(
+                f"it goes on from stage 1 of {first.name}, which must train it itself, with the "
+                "same model settings, or all of them but for a token reduction without weights"
+            )
+    if arm.checkpoint is not None:
+        source = plan.arms.get(arm.checkpoint)
+        if source is None:
+            raise ValueError(nearest("arm", arm.checkpoint, plan.arms))
+        if source.checkpoint is not None or arm.model or arm.finetune or arm.pretrained:
+            raise ValueError(
+                f"it evaluates {source.name}, so it has no settings of training, and that arm "
+                "must train"
+            )
 
 
 def choose(
