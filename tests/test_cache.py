@@ -270,3 +270,14 @@ def test_another_kind_of_cache_is_left_as_asked_for():
         **inputs, max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True
     )
     assert type(answer.past_key_values) is StaticCache
+
+
+@pytest.mark.gpu
+def test_a_cache_that_is_offloaded_stays_stock():
+    model = tiny_model(start_layer=1).cuda()
+    inputs = collate([sample([4, "2", 5], model.config, torch.Generator())])
+    inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    answer = model.generate(**inputs, **options, cache_implementation="offloaded")
+    assert type(answer.past_key_values) is DynamicCache and answer.past_key_values.offloading
+    assert torch.equal(answer.sequences, model.generate(**inputs, **options).sequences)
