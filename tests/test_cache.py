@@ -273,6 +273,7 @@ def test_another_kind_of_cache_is_left_as_asked_for():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cache_that_is_offloaded_stays_stock():
     model = tiny_model(start_layer=1).cuda()
     inputs = collate([sample([4, "2", 5], model.config, torch.Generator())])
