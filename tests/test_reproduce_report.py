@@ -206,7 +206,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
     for name in figures:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
         assert f"({name})" in first
-    assert cells(first, "0.5") == ["0.5", "50.00 (48.00 to 52.00)", "83.5", "0.5000"]
+    assert cells(first, "0.5") == ["0.5", "50.00 (48.00 to 52.00)", "83.5", "100.2", "0.5000"]
 
 
 def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:

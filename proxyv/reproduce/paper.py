@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from proxyv.profiling.paper import PAPER, PAPER_SKIPS
 
-__all__ = ["BASELINE", "LLMS", "ROWS", "LlmRow", "PaperRow"]
+__all__ = ["BASELINE", "LLMS", "MASKED", "ROWS", "LlmRow", "PaperRow"]
 
 BASELINE = 54.64
 """Score_fine of Vicuna-7B without ProxyV."""
@@ -62,6 +62,11 @@ ROWS: dict[str, PaperRow] = {
     "atn-ffn-late": _skipped("atn_ffn", 16, 100.4),
 }
 """By what an arm of a preset names as ``paper``."""
+
+
+MASKED = {0.5: 100.2, 0.625: 94.5, 1.0: 62.7}
+"""Score in percent of the baseline's by the share of layers, from the last one backwards, in which
+vision tokens do not see each other; nothing trained (the study's start layers 16, 12 and 0)."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from proxyv.reproduce.claims import (
     verdict,
 )
 from proxyv.reproduce.figures import Point, draw_curve, draw_scores
-from proxyv.reproduce.paper import LLMS, ROWS
+from proxyv.reproduce.paper import LLMS, MASKED, ROWS
 from proxyv.reproduce.plan import STAGES, TIERS, Arm, Plan
 from proxyv.reproduce.results import CURVE, Result, read_results
 
@@ -266,6 +266,7 @@ def _curve(plan: Plan, folder: Path, output: Path) -> dict[str, Any] | None:
             f"{row['ratio']:.3g}",
             f"{row['score %']:.2f} ({row['from']:.2f} to {row['to']:.2f})",
             NONE if row["of base %"] is None else f"{row['of base %']:.1f}",
+            f"{MASKED[row['ratio']]:.1f}" if row["ratio"] in MASKED else NONE,
             f"{row['p']:.4f}",
         )
         for row in rows
