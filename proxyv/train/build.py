@@ -325,13 +325,14 @@ def _run_config(settings: Settings, folder: Path) -> Any:
     config = ProxyVConfig.from_pretrained(folder)
     for key, wanted in _options(settings.model).items():
         found, hint = getattr(config, key), ""
+        kept = "null" if found is None else found
         if key == "reduction":
             if found is None and wanted and not build_reduction(wanted).weights:
                 config = ProxyVConfig.from_pretrained(folder, reduction=wanted)
                 continue
             hint = " (a method can begin here if it has no weights, and does not end)"
+            kept = found or {}
         if found != wanted:
-            kept = {"reduction": "{}"}.get(key, "null") if found is None else found
             raise ValueError(
                 f"model.{key}={wanted} contradicts the run in {folder}, which was trained with "
                 f"{key}={found}{hint}; set model.{key}={kept}, or start from another run"
