@@ -80,6 +80,7 @@ class Plan:
         arms: by name.
         measures: what counts of some tasks in place of the benchmark's main score.
         notes: for the report, on how far the preset can speak to the paper.
+        went_wrong: for the report, what failed on the way and what was done about it.
         settings: training settings of all arms, by section.
         pretrain_settings: those of stage 1 alone.
         later_seeds: how many of the seeds tiers 2 and 3 take.
@@ -100,6 +101,7 @@ class Plan:
     arms: Mapping[str, Arm]
     measures: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    went_wrong: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     pretrain_settings: Mapping[str, Any] = field(default_factory=dict)
     later_seeds: int = 1

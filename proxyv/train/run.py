@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def train(settings: Settings) -> Path:
             held.enter_context(only_run(folder))
             check_output(settings)  # a run that was dying may have finished instead
         checkpoint = _begin(trainer, folder, settings)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         if stop.received:
             raise Interrupted(
                 stop.received,
@@ -118,7 +119,7 @@ def train(settings: Settings) -> Path:
             "steps": trainer.state.global_step,
             "skipped_steps": trainer.skipped_steps,
             "rows": len(trainer.sampler),
-            "loss": round(float(result.training_loss), 6),
+            "loss": _mean_loss(trainer.state.log_history),
             "seconds": round(time.monotonic() - began, 1),
         }
         save_run(trainer, built, folder, settings, summary)
@@ -126,6 +127,16 @@ def train(settings: Settings) -> Path:
             trainer.checkpoints.clear()
             print(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
     return folder
+
+
+def _mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
+    """Mean over all steps that were logged, those before a resumption too; None without any."""
+    total, last = 0.0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            # What is logged is the mean since the entry before it.
+            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+    return round(total / last, 6) if last else None
 
 
 def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, ProxyVTrainer]:
