@@ -68,6 +68,7 @@ arms:
     {{tier: 1, title: "ProxyV-L${{names.early}}", model: {{start_layer: "${{names.early}}"}}}}
   fastv: {{tier: 2, title: FastV, checkpoint: baseline, reduction: {{method: fastv, layer: 1}}}}
   prumerge: {{tier: 2, title: PruMerge, checkpoint: baseline, reduction: {{method: prumerge}}}}
+  blind: {{tier: 2, title: blind, checkpoint: baseline, control: blank-images}}
   wrong: {{tier: 3, title: wrong, model: {{start_layer: 9}}}}
   longer: {{tier: 3, title: longer, model: {{start_layer: null}}, pretrained: baseline,
     finetune: {{optim: {{max_steps: 3}}}}}}
@@ -190,7 +191,7 @@ def kept_by_the_tower(folder: Path, crops: int) -> float:
 def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other(
     interrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(interrupted, "--arms", "wrong,fastv,prumerge", "--seeds", "1") == 1
+    assert run(interrupted, "--arms", "wrong,fastv,prumerge,blind", "--seeds", "1") == 1
     fastv, base = (content(interrupted, name) for name in ("fastv-seed1", "baseline-seed1"))
     assert fastv["weights"] == base["weights"] and fastv["training"]["of"] == "baseline-seed1"
     assert fastv["settings"]["evaluation"]["reduction"] == {"method": "fastv", "layer": 1}
@@ -199,6 +200,12 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
     assert prumerge["flops"]["paper"] < prumerge["baseline_flops"]["paper"]
     assert prumerge["step_seconds"] is None  # it was not trained
     assert not (interrupted / "runs" / "mini" / "fastv-seed1" / "pretrain").exists()
+    blind = content(interrupted, "blind-seed1")
+    for task, entry in blind["tasks"].items():  # the same questions, so scores pair
+        assert entry["questions"] == base["tasks"][task]["questions"]
+        answers = interrupted / "runs" / "mini" / "blind-seed1" / "eval" / task / "results.json"
+        assert json.loads(answers.read_text())["settings"]["control"] == "blank-images"
+    assert blind["cost"]["flops"] == blind["cost"]["baseline_flops"]
     wrong = content(interrupted, "wrong-seed1")
     assert wrong["status"] == "failed" and "start_layer=9" in wrong["error"]
     assert "1 arms failed: wrong-seed1" in capsys.readouterr().err
@@ -213,6 +220,7 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
         "proxyv-early-seed2": "not run",
         "fastv-seed1": "done",
         "prumerge-seed1": "done",
+        "blind-seed1": "done",
         "wrong-seed1": "failed",
         "longer-seed1": "not run",
         "dropping-seed1": "not run",
@@ -414,7 +422,9 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("batch_size", "batchsize", "did you mean 'batch_size'"),
         ("answer_tokens: {docvqa", "answer_tokens: {docvq", "did you mean 'docvqa'"),
         ("tasks: {docvqa: 4", "tasks: {docvq: 4", "did you mean 'docvqa'"),
-        ("checkpoint: baseline, ", "", "no checkpoint"),
+        ("checkpoint: baseline, reduction", "reduction", "a reduction and no checkpoint"),
+        ("checkpoint: baseline, control", "control", "a control and no checkpoint"),
+        ("control: blank-images", "control: blank-image", "did you mean 'blank-images'"),
         ("finetune: {optim: {max_steps: 3}}", "finetune: {max_steps: 3}", "write it by section"),
         ("seeds: [1, 2]", "seeds: [1]\nmeasures: {ccpdf: doc_bleu}", "tasks does not ask"),
         ("seeds: [1, 2]", "seeds: [1]\ncurve: 0,1\nmeasures: {docvqa: x}", "redundancy curve"),
@@ -436,8 +446,8 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(PLAN.format(folder=tmp_path))
     plan = read_plan(tmp_path / "mini.yaml")
     assert [job.name for job in choose(plan, [2, 3], None, None)] == [
-        *("fastv-seed1", "prumerge-seed1", "wrong-seed1", "longer-seed1", "dropping-seed1"),
-        "pooling-seed1",
+        *("fastv-seed1", "prumerge-seed1", "blind-seed1", "wrong-seed1", "longer-seed1"),
+        *("dropping-seed1", "pooling-seed1"),
     ]
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [

@@ -174,6 +174,25 @@ def test_seeds_have_to_agree() -> None:
     assert verdict("better", "not run: fastv") == "cannot tell"
 
 
+def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
+    """The baseline keeps 0.9 of one task with other images and a third of the others."""
+    parts = fill(tmp_path, plan, -0.04)
+    rng = np.random.default_rng(7)
+    kept = {task: 0.9 if task == "refcoco_testA" else 1 / 3 for task in TASKS}
+    own = {t: x * (rng.random(QUESTIONS) < kept[t]) for t, x in parts["baseline", 1].items()}
+    put(tmp_path, plan, content("shuffled-images", 1, own))
+    text = report(tmp_path)
+    assert cells(text, "ProxyV loses nothing in grounding")[5] == "**cannot tell**"
+    for claim in ("ProxyV loses nothing in page parsing", "ProxyV from 3/8 of the depth loses"):
+        assert cells(text, claim)[5] == "**does not hold**"
+    [share] = re.findall(r"more than 50 %: (.*)\. No claim", text)
+    assert re.fullmatch(r"refcoco_testA (89|90|91|92) %", share)
+    (tmp_path / "tiny" / "shuffled-images-seed1.json").unlink()
+    without = report(tmp_path)
+    assert cells(without, "ProxyV loses nothing in grounding")[5] == "**does not hold**"
+    assert "No claim about" not in without
+
+
 def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
     fill(tmp_path, plan, 0.03, (1,))
 

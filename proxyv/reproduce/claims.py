@@ -10,6 +10,9 @@ bootstrap over the questions) a claim
 
 The line between the sides is 0, or `MARGIN` points below it for "loses nothing". The interval
 covers the choice of questions; of the choice of seeds no more is asked than that they agree.
+
+Where the baseline keeps more than `BLIND_SHARE` of a score with the images of other questions, no
+claim about that score can be told: it does not show what a model sees.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from proxyv.reproduce.plan import Plan
 from proxyv.reproduce.results import Result
 
 __all__ = [
+    "BLIND_SHARE",
     "CLAIMS",
     "MARGIN",
     "Claim",
     "Gap",
     "Table",
+    "blind_share",
     "find_gap",
     "mean_interval",
     "seed_parts",
@@ -37,6 +42,9 @@ __all__ = [
 
 MARGIN = 1.0
 """Points that an arm may lie below another one and still lose nothing."""
+
+BLIND_SHARE = 0.5
+"""Of a score that the baseline keeps without the right images; above it the score says nothing."""
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot tell"
 
@@ -162,13 +170,33 @@ def find_gap(plan: Plan, table: Table, claim: Claim) -> Gap | str:
     return Gap(100 * found.value, (100 * low, 100 * high), found.p_value, own_gaps)
 
 
+def blind_share(plan: Plan, table: Table, tasks: Sequence[str]) -> float | None:
+    """What the baseline keeps of a score without the right images; None where that was not run."""
+    shares = []
+    for arm in plan.arms.values():
+        seeds = [s for s in plan.seeds if (arm.name, s) in table and ("baseline", s) in table]
+        if arm.control and arm.checkpoint == "baseline" and seeds:
+            blind, seeing = (
+                np.mean([seed_parts([table[name, s] for s in seeds], task) for task in tasks])
+                for name in (arm.name, "baseline")
+            )
+            shares.append(float(blind / seeing) if seeing else 1.0)
+    return max(shares, default=None)
+
+
 def _mean_gap(first: Result, second: Result, task: str) -> float:
     return float(np.mean(np.subtract(first.parts(task), second.parts(task))))  # type: ignore[arg-type]
 
 
-def verdict(rule: str, gap: Gap | str) -> str:
-    """Whether a claim holds; see the module."""
-    if isinstance(gap, str):
+def verdict(rule: str, gap: Gap | str, blind: float | None = None) -> str:
+    """Whether a claim holds; see the module.
+
+    Args:
+        rule: of the claim.
+        gap: of its arms.
+        blind: see `blind_share`, of the claim's score.
+    """
+    if isinstance(gap, str) or (blind is not None and blind > BLIND_SHARE):
         return UNKNOWN
     sign = -1 if rule == "worse" else 1
     shift = MARGIN if rule == "not worse" else 0.0

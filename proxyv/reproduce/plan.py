@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from proxyv.cli import CommandError, nearest
 from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.controls import check_control
 from proxyv.reduction import build_reduction
 from proxyv.train.config_files import load_settings, read_chain
 from proxyv.train.settings import Settings
@@ -37,6 +38,7 @@ class Arm:
         pretrained: arm whose stage 1 it goes on from; None trains its own.
         checkpoint: arm whose finished model it evaluates; None trains its own.
         reduction: token-reduction method for that evaluation; None for none.
+        control: what that evaluation puts in place of the images; None for nothing.
         paper: the row of the paper's tables that it stands beside, see ``paper.py``.
     """
 
@@ -48,6 +50,7 @@ class Arm:
     pretrained: str | None = None
     checkpoint: str | None = None
     reduction: Mapping[str, Any] | None = None
+    control: str | None = None
     paper: str | None = None
 
 
@@ -243,11 +246,14 @@ def _check_arm(plan: Plan, arm: Arm) -> None:
         raise ValueError(f"tier {arm.tier!r}, one of {[*TIERS]}")
     if arm.reduction is not None:
         build_reduction(arm.reduction)
+    check_control(arm.control)
     if arm.checkpoint is None and arm.reduction is not None:
         raise ValueError(
             "a reduction and no checkpoint: give the arm whose model it is used on, or train with "
             "it as model.reduction"
         )
+    if arm.checkpoint is None and arm.control is not None:
+        raise ValueError("a control and no checkpoint: give the arm whose model is asked")
     begun = dict(arm.model)  # the settings of a stage 1 that it can go on from
     trained_with = begun.get("reduction")
     if trained_with and not build_reduction(trained_with).weights:

@@ -15,11 +15,13 @@ from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.compare import LOWER_IS_BETTER
 from proxyv.reproduce.claims import (
+    BLIND_SHARE,
     CLAIMS,
     MARGIN,
     Claim,
     Gap,
     Table,
+    blind_share,
     find_gap,
     mean_interval,
     verdict,
@@ -54,7 +56,12 @@ def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     page = environment.from_string(text).render(
-        sections=sections, margin=MARGIN, wanted=WANTED, llms=LLMS, tiers=TIERS
+        sections=sections,
+        margin=MARGIN,
+        blind_share=BLIND_SHARE,
+        wanted=WANTED,
+        llms=LLMS,
+        tiers=TIERS,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
@@ -85,6 +92,7 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
         "tasks": _task_rows(plan, table),
         "floor": _out_of_range(plan, table),
+        "blind": _answered_blind(plan, table),
         "figure": _scores_figure(plan, table, output),
         "curve": _curve(plan, folder, output),
         "files": [_file_row(plan, result) for result in found if result.done],
@@ -121,6 +129,7 @@ def _of(plan: Plan, table: Table, arm: str) -> list[Result]:
 
 def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
     gap = find_gap(plan, table, claim)
+    blind = blind_share(plan, table, [claim.task] if claim.task else plan.score)
     return {
         "text": claim.text,
         "paper": claim.paper,
@@ -128,7 +137,7 @@ def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
         "gap": gap if isinstance(gap, str) else _gap_text(gap),
         "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
         "p": NONE if isinstance(gap, str) else f"{gap.p_value:.4f}",
-        "verdict": verdict(claim.rule, gap) + _one_seed(gap),
+        "verdict": verdict(claim.rule, gap, blind) + _one_seed(gap),
     }
 
 
@@ -236,12 +245,22 @@ def _out_of_range(plan: Plan, table: Table) -> list[str]:
     return [f"{task} {score:.1f} %" for task, score in scores.items() if not low <= score <= high]
 
 
+def _answered_blind(plan: Plan, table: Table) -> list[str]:
+    """Tasks whose scores say nothing about what a model sees."""
+    shares = {task: blind_share(plan, table, [task]) for task in plan.tasks}
+    return [
+        f"{task} {100 * share:.0f} %"
+        for task, share in shares.items()
+        if share is not None and share > BLIND_SHARE
+    ]
+
+
 def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
     """Draw figure 1; its name, None where there is nothing to draw."""
     points = []
     for arm in plan.arms.values():
         results = _of(plan, table, arm.name)
-        if results and arm.tier < 3:
+        if results and arm.tier < 3 and arm.control is None:
             score = mean_interval(results, plan.score)
             points.append(Point(arm.title, 100 - _flops_saved(results), *score))
     name = f"{output.stem}-{plan.name}-scores.png"

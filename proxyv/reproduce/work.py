@@ -28,7 +28,7 @@ from proxyv.eval.sources import load_rows
 from proxyv.eval.stored import load_run
 from proxyv.eval.tasks import score_tasks
 from proxyv.reproduce.cost import arm_cost, page_crops
-from proxyv.reproduce.plan import STAGES, Job, Plan
+from proxyv.reproduce.plan import STAGES, Arm, Job, Plan
 from proxyv.reproduce.results import CURVE, DONE, FAILED, task_entry
 from proxyv.study.__main__ import main as study
 from proxyv.train.build import FINISHED, SETTINGS, resolve
@@ -137,7 +137,7 @@ def run_job(
     )
     answerer = BriefAnswerer.load(str(model), **fields)
     assert isinstance(answerer, BriefAnswerer), "load makes an object of the class it is called on"
-    tasks = evaluate(plan, answerer, model, world, runs / job.name / "eval", say)
+    tasks = evaluate(plan, job.arm, answerer, model, world, runs / job.name / "eval", say)
     say(f"{job.name}: cost of a prefill and of a training step")
     benchmark = BENCHMARKS[plan.score[0]]
     crops = page_crops(answerer, benchmark, load_rows(benchmark, world), plan.cost["crops"])
@@ -158,6 +158,7 @@ def run_job(
                 "finetune": dict(job.arm.finetune),
                 "pretrained": job.arm.pretrained,
                 "reduction": fields.get("reduction"),
+                "control": job.arm.control,
             },
             **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
             "evaluation": answerer.describe()
@@ -258,6 +259,7 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
 
 def evaluate(
     plan: Plan,
+    arm: Arm,
     answerer: BriefAnswerer,
     model: Path,
     world: Path,
@@ -272,7 +274,7 @@ def evaluate(
     tasks = {}
     for task, limit in plan.tasks.items():
         rows, folder = load_rows(BENCHMARKS[task], world), output / task
-        options = RunOptions(plan.batch_size, limit)
+        options = RunOptions(plan.batch_size, limit, arm.control)
         answerer.most_tokens = plan.answer_tokens.get(task)
         results = score_tasks(str(model), answerer, {task: rows}, options, folder, say, data=world)
         entry = results["tasks"][task]
