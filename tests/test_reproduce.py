@@ -79,6 +79,9 @@ arms:
 """
 
 
+CLAIM = 'claims: [{text: t, paper: "-", arm: fastv, other: baseline, rule: worse, task: docvqa}]'
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Backbones and a preset."""
@@ -431,6 +434,14 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
         ("pretrained: baseline", "pretrained: proxyv-early", "the same model settings"),
         ("pretrained: baseline", "pretrained: fastv", "which must train it itself"),
+        (
+            "seeds: [1, 2]",
+            "seeds: [1]\n" + CLAIM.replace("fastv", "fasttv"),
+            "did you mean 'fastv'",
+        ),
+        ("seeds: [1, 2]", "seeds: [1]\n" + CLAIM.replace("worse", "worst"), "did you mean 'worse'"),
+        ("seeds: [1, 2]", "seeds: [1]\n" + CLAIM.replace("docvqa", "doc"), "unknown task 'doc'"),
+        ("seeds: [1, 2]", "seeds: [1]\n" + CLAIM.replace("rule", "role"), "claim 1"),
     ],
 )
 def test_mistakes_in_a_preset_are_named(

@@ -13,8 +13,8 @@ import pytest
 from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.reproduce.__main__ import main
-from proxyv.reproduce.claims import CLAIMS, Claim, Gap, find_gap, verdict
-from proxyv.reproduce.plan import Plan, find_plan
+from proxyv.reproduce.claims import CLAIMS, Gap, find_gap, verdict
+from proxyv.reproduce.plan import Claim, Plan, find_plan
 from proxyv.reproduce.results import (
     CURVE,
     Result,

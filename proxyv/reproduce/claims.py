@@ -23,14 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from proxyv.eval.statistics import average_interval, paired_difference
-from proxyv.reproduce.plan import Plan
+from proxyv.reproduce.plan import Claim, Plan
 from proxyv.reproduce.results import Result
 
 __all__ = [
     "BLIND_SHARE",
     "CLAIMS",
     "MARGIN",
-    "Claim",
     "Gap",
     "Table",
     "blind_share",
@@ -50,27 +49,6 @@ HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot tell"
 
 Table = Mapping[tuple[str, int], Result]
 """Finished results by arm and seed."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement about two arms.
-
-    Attributes:
-        text: the statement.
-        paper: the paper's numbers for it.
-        arm: the arm that it is about.
-        other: the arm that it is compared with.
-        rule: "better" than the other, "worse", or "not worse" by more than `MARGIN`.
-        task: the benchmark; None for the mean of the preset's score.
-    """
-
-    text: str
-    paper: str
-    arm: str
-    other: str
-    rule: str
-    task: str | None = None
 
 
 @dataclass(frozen=True)

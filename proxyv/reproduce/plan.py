@@ -17,11 +17,24 @@ from proxyv.reduction import build_reduction
 from proxyv.train.config_files import load_settings, read_chain
 from proxyv.train.settings import Settings
 
-__all__ = ["STAGES", "TIERS", "Arm", "Job", "Plan", "choose", "find_plan", "presets", "read_plan"]
+__all__ = [
+    "RULES",
+    "STAGES",
+    "TIERS",
+    "Arm",
+    "Claim",
+    "Job",
+    "Plan",
+    "choose",
+    "find_plan",
+    "presets",
+    "read_plan",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "reproduce"
 STAGES = ("pretrain", "finetune")
+RULES = ("better", "worse", "not worse")
 TIERS = {1: "tier 1", 2: "tier 2", 3: "ablations"}
 
 
@@ -68,6 +81,27 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A statement about two arms.
+
+    Attributes:
+        text: the statement.
+        paper: the paper's numbers for it.
+        arm: the arm that it is about.
+        other: the arm that it is compared with.
+        rule: one of `RULES`: better than the other, worse, or not worse by more than a margin.
+        task: the benchmark; None for the mean of the preset's score.
+    """
+
+    text: str
+    paper: str
+    arm: str
+    other: str
+    rule: str
+    task: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A preset.
 
@@ -83,6 +117,7 @@ class Plan:
         arms: by name.
         measures: what counts of some tasks in place of the benchmark's main score.
         notes: for the report, on how far the preset can speak to the paper.
+        claims: of the preset's own, besides the paper's.
         went_wrong: for the report, what failed on the way and what was done about it.
         settings: training settings of all arms, by section.
         pretrain_settings: those of stage 1 alone.
@@ -104,6 +139,7 @@ class Plan:
     arms: Mapping[str, Arm]
     measures: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    claims: Sequence[Claim] = ()
     went_wrong: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     pretrain_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -197,8 +233,12 @@ def read_plan(path: Path) -> Plan:
         name: Arm(**_checked(f"{path}: arm {name}", Arm, {"name": name, **own}))
         for name, own in content.pop("arms", {}).items()
     }
+    claims = [
+        Claim(**_checked(f"{path}: claim {number}", Claim, own))
+        for number, own in enumerate(content.pop("claims", []), 1)
+    ]
     content.pop("names", None)
-    plan = Plan(**_checked(str(path), Plan, {"arms": arms, **content}))
+    plan = Plan(**_checked(str(path), Plan, {"arms": arms, "claims": claims, **content}))
     _check(path, plan)
     return plan
 
@@ -228,6 +268,16 @@ def _check(path: Path, plan: Plan) -> None:
             f"{path}: measures names {twice}, whose main scores make the redundancy curve: take "
             "them out of measures or of score, or the curve out"
         )
+    for claim in plan.claims:
+        for name in (claim.arm, claim.other):
+            if name not in plan.arms:
+                raise ValueError(f"{path}: claim {claim.text!r}: {nearest('arm', name, plan.arms)}")
+        if claim.rule not in RULES:
+            raise ValueError(f"{path}: claim {claim.text!r}: {nearest('rule', claim.rule, RULES)}")
+        if claim.task is not None and claim.task not in plan.tasks:
+            raise ValueError(
+                f"{path}: claim {claim.text!r}: {nearest('task', claim.task, plan.tasks)}"
+            )
     for arm in plan.arms.values():
         try:
             _check_arm(plan, arm)

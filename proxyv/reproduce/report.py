@@ -18,7 +18,6 @@ from proxyv.reproduce.claims import (
     BLIND_SHARE,
     CLAIMS,
     MARGIN,
-    Claim,
     Gap,
     Table,
     blind_share,
@@ -28,7 +27,7 @@ from proxyv.reproduce.claims import (
 )
 from proxyv.reproduce.figures import Point, draw_curve, draw_scores
 from proxyv.reproduce.paper import LLMS, MASKED, ROWS
-from proxyv.reproduce.plan import STAGES, TIERS, Arm, Plan
+from proxyv.reproduce.plan import STAGES, TIERS, Arm, Claim, Plan
 from proxyv.reproduce.results import CURVE, Result, read_results
 
 __all__ = ["WANTED", "write_report"]
@@ -88,7 +87,7 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "plan": plan,
         "measures": [f"{task}: {_measure_text(plan, task)}" for task in plan.tasks],
         "any": bool(table),
-        "verdicts": [_verdict_row(plan, table, claim) for claim in CLAIMS],
+        "verdicts": [_verdict_row(plan, table, claim) for claim in (*CLAIMS, *plan.claims)],
         "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
         "tasks": _task_rows(plan, table),
         "floor": _out_of_range(plan, table),
