@@ -211,9 +211,9 @@ def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
 def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
     fill(tmp_path, plan, 0.02)
     rows = [
-        {"ratio": ratio, "score %": 60 - 20 * ratio, "from": 58 - 20 * ratio,
-         "to": 62 - 20 * ratio, "of base %": 100 - 33 * ratio, "p": 0.5}
-        for ratio in (0.0, 0.5, 1.0)
+        {"ratio": layers / 8, "layers": layers, "score %": 60 - 2 * layers,
+         "from": 58 - 2 * layers, "to": 62 - 2 * layers, "of base %": 100 - 4 * layers, "p": 0.5}
+        for layers in (0, 4, 5, 8)
     ]  # fmt: skip
     curve = {"rows": rows, "commit": "0123456789abcdef"}
     (tmp_path / "tiny" / CURVE).write_text(json.dumps(curve))
@@ -225,7 +225,10 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
     for name in figures:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
         assert f"({name})" in first
-    assert cells(first, "0.5") == ["0.5", "50.00 (48.00 to 52.00)", "83.5", "100.2", "0.5000"]
+    share = cells(first, "0.5 ")
+    assert share == ["0.5", "52.00 (50.00 to 54.00)", "84.0", "100.2", "0.5000", "–"]
+    early = cells(first, "ProxyV-L3 | tier 1")[5]  # from layer 3 of 8: five layers
+    assert cells(first, "0.625")[-1] == early.split()[0] != "–"
 
 
 def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:

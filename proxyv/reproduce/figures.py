@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Point", "draw_curve", "draw_scores"]
+__all__ = ["Point", "Share", "draw_curve", "draw_scores"]
 
 
 class Point(NamedTuple):
@@ -14,6 +14,15 @@ class Point(NamedTuple):
 
     title: str
     flops: float
+    score: float
+    low: float
+    high: float
+
+
+class Share(NamedTuple):
+    """A share of the layers, and a score with its interval in percent of the baseline's."""
+
+    share: float
     score: float
     low: float
     high: float
@@ -39,18 +48,21 @@ def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
     _save(figure, path)
 
 
-def draw_curve(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Score against the share of layers whose vision attention is masked."""
+def draw_curve(path: Path, title: str, lines: Mapping[str, Sequence[Share]]) -> None:
+    """Score against the share of layers, one line for each name; the first one is the curve."""
     figure, axes = _figure()
-    scores = [row["score %"] for row in rows]
-    bars = [
-        [max(0.0, row["score %"] - row["from"]) for row in rows],
-        [max(0.0, row["to"] - row["score %"]) for row in rows],
-    ]
-    axes.errorbar([row["ratio"] for row in rows], scores, yerr=bars, marker="o", capsize=3)
-    axes.set(title=title, xlabel="share of layers masked, from the last one", ylabel="score, %")
+    for number, (name, points) in enumerate(lines.items()):
+        shares, scores, low, high = zip(*points, strict=True) if points else ((),) * 4
+        bars = [
+            [max(0.0, score - end) for score, end in zip(scores, low, strict=True)],
+            [max(0.0, end - score) for score, end in zip(scores, high, strict=True)],
+        ]
+        style = ("o-", "*-", "s--")[number % 3]
+        axes.errorbar(shares, scores, yerr=bars, fmt=style, capsize=3, label=name)
+    axes.set(title=title, xlabel="share of layers, from the last one", ylabel="% of the baseline")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     _save(figure, path)
 
 

@@ -25,7 +25,7 @@ from proxyv.reproduce.claims import (
     mean_interval,
     verdict,
 )
-from proxyv.reproduce.figures import Point, draw_curve, draw_scores
+from proxyv.reproduce.figures import Point, Share, draw_curve, draw_scores
 from proxyv.reproduce.paper import LLMS, MASKED, ROWS
 from proxyv.reproduce.plan import STAGES, TIERS, Arm, Claim, Plan
 from proxyv.reproduce.results import CURVE, Result, read_results
@@ -93,7 +93,7 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "floor": _out_of_range(plan, table),
         "blind": _answered_blind(plan, table),
         "figure": _scores_figure(plan, table, output),
-        "curve": _curve(plan, folder, output),
+        "curve": _curve(plan, table, folder, output),
         "files": [_file_row(plan, result) for result in found if result.done],
         "failed": [
             (job.name, failed[job.arm.name, job.seed].content["error"])
@@ -270,26 +270,55 @@ def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
     return name
 
 
-def _curve(plan: Plan, folder: Path, output: Path) -> dict[str, Any] | None:
+def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, Any] | None:
     """Draw figure 2 from the file of the study; None where it was not run."""
     path, name = folder / CURVE, f"{output.stem}-{plan.name}-curve.png"
     if not path.is_file():
         (output.parent / name).unlink(missing_ok=True)
         return None
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    rows = found["rows"]
-    draw_curve(output.parent / name, f"{plan.name}: vision attention masked", rows)
-    lines = [
+    rows = [row for row in found["rows"] if row["of base %"] is not None]
+    depth = max((round(row["layers"] / row["ratio"]) for row in rows if row["ratio"]), default=0)
+    trained = _by_start(plan, table, depth)
+    scale = next((row["of base %"] / row["score %"] for row in rows if row["score %"]), 0.0)
+    lines = {
+        "vision attention masked, nothing trained": [
+            Share(row["ratio"], row["of base %"], scale * row["from"], scale * row["to"])
+            for row in rows
+        ],
+        "ProxyV, trained": list(trained.values()),
+        "masked, the paper's Vicuna-7B": [Share(x, y, y, y) for x, y in MASKED.items()],
+    }
+    draw_curve(output.parent / name, f"{plan.name}: what vision tokens need", lines)
+    cells = [
         (
             f"{row['ratio']:.3g}",
             f"{row['score %']:.2f} ({row['from']:.2f} to {row['to']:.2f})",
-            NONE if row["of base %"] is None else f"{row['of base %']:.1f}",
+            f"{row['of base %']:.1f}",
             f"{MASKED[row['ratio']]:.1f}" if row["ratio"] in MASKED else NONE,
             f"{row['p']:.4f}",
+            f"{trained[row['layers']].score:.1f}" if row["layers"] in trained else NONE,
         )
         for row in rows
     ]
-    return {"figure": name, "rows": lines, "commit": found["commit"]}
+    return {"figure": name, "rows": cells, "commit": found["commit"]}
+
+
+def _by_start(plan: Plan, table: Table, depth: int) -> dict[int, Share]:
+    """Arms that differ from the baseline by their start layer alone, by their ProxyV layers."""
+    found = {}
+    for arm in plan.arms.values():
+        start = arm.model.get("start_layer")
+        seeds = [s for s in plan.seeds if (arm.name, s) in table and ("baseline", s) in table]
+        plain = arm.model.keys() == {"start_layer"} and arm.pretrained is None
+        if plain and start is not None and seeds:
+            own, base = (
+                mean_interval([table[name, s] for s in seeds], plan.score)
+                for name in (arm.name, "baseline")
+            )
+            score, low, high = (100 * value / base[0] for value in own)
+            found[depth - start] = Share((depth - start) / depth, score, low, high)
+    return dict(sorted(found.items()))
 
 
 def _file_row(plan: Plan, result: Result) -> dict[str, str]:
