@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Some tests fork a run, and the threads of OpenMP do not survive a fork: the child would wait for
+# them for ever. One thread also gives the same sums whatever the machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def generator() -> torch.Generator:

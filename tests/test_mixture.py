@@ -15,8 +15,9 @@ from proxyv.data.dataset import FACTS, ConversationDataset, report_rows
 from proxyv.data.images import DataError, ImageFolder
 from proxyv.data.mixture import MixtureSource, read_rows
 from proxyv.data.pipeline import ImagePipeline
+from proxyv.data.readers import JsonSource
 from proxyv.data.scan import scan_rows
-from proxyv.data.sources import JsonSource, open_source
+from proxyv.data.sources import open_source
 from proxyv.data.templates import Renderer
 from proxyv.train.stage0.tokenizer import build_tokenizer
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxyv.data import sources
+from proxyv.data import readers
 from proxyv.data.images import DataError, ImageFolder, ImageRef
+from proxyv.data.readers import JsonSource
 from proxyv.data.rows import parse_row
-from proxyv.data.sources import JsonSource, open_source
+from proxyv.data.sources import open_source
 
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That"}]
 
@@ -44,7 +45,7 @@ def write_json(folder: Path, rows, name="rows.json", **how) -> str:
     ],
 )
 def test_rows_of_any_json_form_and_block_size(tmp_path, monkeypatch, name, how, block):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", block)
     write_image(tmp_path / "a.png")
     rows = [
         {

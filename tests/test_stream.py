@@ -22,8 +22,9 @@ from test_resume import At
 from proxyv.data.dataset import ConversationDataset, check_rows
 from proxyv.data.images import DataError, ImageFolder
 from proxyv.data.mixture import MixtureSource
+from proxyv.data.readers import JsonSource
 from proxyv.data.sampler import LaneSampler
-from proxyv.data.sources import JsonSource, open_source
+from proxyv.data.sources import open_source
 from proxyv.data.stream import ParquetStream
 from proxyv.data.templates import Renderer
 from proxyv.train import run

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from proxyv.data.check import CheckReport
-    from proxyv.data.sources import Source
+    from proxyv.data.readers import Source
     from proxyv.model.processing import ProxyVProcessor
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from proxyv.data.images import FAULTS, DataError
 from proxyv.data.pipeline import RowPipeline
+from proxyv.data.readers import JsonSource, Source
 from proxyv.data.rows import Row, subset_of
-from proxyv.data.sources import JsonSource, Source
 from proxyv.data.templates import IMAGE_MARK
 
 __all__ = ["ERRORS", "NOTES", "CheckReport", "Finding", "check_source", "write_clean"]

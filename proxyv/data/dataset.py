@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from proxyv.data.collator import Sample
 from proxyv.data.images import DataError
 from proxyv.data.pipeline import FAILURE_POLICIES, ImagePipeline, RowPipeline
-from proxyv.data.sources import Source
+from proxyv.data.readers import Source
 from proxyv.data.templates import Rendered, Renderer
 
 __all__ = [

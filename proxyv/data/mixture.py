@@ -18,7 +18,7 @@ instead of one that changes from run to run, and weights above one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ import numpy as np
 import yaml
 
 from proxyv.cli import nearest
+from proxyv.data.readers import Source
 from proxyv.data.rows import Row
 from proxyv.data.sampler import WINDOW_ROWS
-from proxyv.data.sources import Source, open_source
 
 __all__ = ["MixtureSource", "Part", "open_mixture", "read_rows"]
 
@@ -144,13 +144,15 @@ def read_rows(path: Path) -> np.ndarray:
     return np.array(lines, dtype=np.int64)
 
 
-def open_mixture(path: Path, images: str | None, **limits: Any) -> MixtureSource:
+def open_mixture(
+    path: Path, images: str | None, open_set: Callable[[str, str | None], Source]
+) -> MixtureSource:
     """Open the sets that a YAML file lists.
 
     Args:
         path: the file; paths in it are as anywhere else, relative to where the command runs.
         images: image folder of entries that name none.
-        limits: see ``ImageFolder``.
+        open_set: opens one of them by its annotations and its image folder.
 
     Raises:
         FileNotFoundError: the file, or one that it names, does not exist.
@@ -163,7 +165,7 @@ def open_mixture(path: Path, images: str | None, **limits: Any) -> MixtureSource
         raise ValueError(f"{path}: expected a list of data sets, each with 'annotations'")
     parts = [_part(entry, path, number) for number, entry in enumerate(listed)]
     return MixtureSource(
-        [open_source(part.annotations, part.images or images, **limits) for part in parts],
+        [open_set(part.annotations, part.images or images) for part in parts],
         [None if part.rows is None else read_rows(Path(part.rows)) for part in parts],
         [part.weight for part in parts],
     )

@@ -1,244 +1,21 @@
-"""Readers of the data sets' own files: rows with their turns, and images decoded when asked for.
-
-Two forms are read, both without holding the set in memory, and mixtures of them:
-
-- JSON (one array, or one object a line) with images in folders: ShareGPT4V, LLaVA-NeXT raw,
-  DocStruct4M. The file is memory-mapped and only the place of each row is kept.
-- Parquet with image bytes, from a file, a folder or the hub: LLaVA-NeXT-Data. ``datasets`` maps it.
-- A YAML file that lists such sets with weights: see ``mixture.py``.
-
-Source: no counterpart; the authors' loader reads the whole file into memory.
-"""
+"""Opening a data set by what its name says it is: a file, a folder, an id on the hub, a mixture."""
 
 from __future__ import annotations
 
-import codecs
-import json
-import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
-import numpy as np
+from proxyv.data.images import ImageFolder
+from proxyv.data.mixture import open_mixture
+from proxyv.data.readers import JsonSource, ParquetSource, Source
+from proxyv.data.stream import ParquetStream
 
-from proxyv.data.images import DataError, ImageFolder
-from proxyv.data.rows import Row, parse_row
+__all__ = ["open_source"]
 
-__all__ = [
-    "JsonSource",
-    "ParquetSource",
-    "Source",
-    "file_stamp",
-    "open_source",
-    "parquet_files",
-]
-
-_BLOCK_BYTES = 1 << 22
-_SPACE = re.compile(r"\s*")
-_BETWEEN_ROWS = re.compile(r"[\s,]*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class Source(Protocol):
-    """Rows of a data set by number."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
-
-    def __getitem__(self, index: int) -> Row:
-        """One row, its images not yet decoded."""
-        ...
-
-    def record(self, index: int) -> Any:
-        """One row as it stands in the file."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the files change."""
-        ...
-
-    @property
-    def blocks(self) -> np.ndarray | None:
-        """(rows,) numbers, alike for rows that are read together; None where any row is as near."""
-        ...
-
-
-class JsonSource:
-    """Rows of a JSON array or of JSON lines, read from a memory map one at a time.
-
-    Args:
-        path: the file.
-        folder: where the images are.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DataError: the file is not JSON, or has no rows.
-    """
-
-    def __init__(self, path: Path, folder: ImageFolder) -> None:
-        self.path, self.folder = path, folder
-        self._spans = np.array(list(_row_spans(path)), dtype=np.int64).reshape(-1, 2)
-        self._map: mmap.mmap | None = None
-        if not len(self._spans):
-            raise DataError(f"{path}: no rows")
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> Row:
-        """One row, its images not yet decoded."""
-        return parse_row(self.record(index), str(self.path), index, self.folder)
-
-    def record(self, index: int) -> Any:
-        """One row as it stands in the file."""
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self._spans[index]
-        return json.loads(self._map[start:end])
-
-    blocks: np.ndarray | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Path, size and time of the file."""
-        return file_stamp([self.path])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A worker process opens the map anew."""
-        return {**self.__dict__, "_map": None}
-
-
-class _Text:
-    """A text file read in blocks, with the byte at which the unread part begins.
-
-    JSON is parsed in text but rows are found again by bytes, so both are counted.
-    """
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.position, self.done = "", 0, False
-        self.byte = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-        file.seek(self.byte)
-
-    def move(self, position: int) -> None:
-        """Go on to a later character."""
-        self.byte += len(self.text[self.position : position].encode())
-        self.position = position
-
-    def skip(self, pattern: re.Pattern[str]) -> str:
-        """Go past what matches, reading on where the block ends; return the character there."""
-        while True:
-            match = pattern.match(self.text, self.position)
-            self.move(match.end() if match else self.position)
-            if self.position < len(self.text) or self.done:
-                return self.text[self.position : self.position + 1]
-            self.read()
-
-    def read(self) -> None:
-        """Read the next block, dropping what lies behind."""
-        block = self._file.read(_BLOCK_BYTES)
-        self.done = not block
-        try:
-            more = self._decoder.decode(block, final=self.done)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 text after byte {self.byte}") from error
-        self.text, self.position = self.text[self.position :] + more, 0
-
-
-def _row_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield first and last byte of each row of a JSON array or of JSON lines."""
-    parse = json.JSONDecoder().raw_decode
-    with open(path, "rb") as file:
-        text, index = _Text(path, file), 0
-        if text.skip(_SPACE) == "[":
-            text.move(text.position + 1)
-        while text.skip(_BETWEEN_ROWS) not in ("", "]"):
-            while True:
-                try:
-                    _, end = parse(text.text, text.position)
-                    break
-                except json.JSONDecodeError as error:
-                    if text.done:
-                        raise DataError(
-                            f"{path}: row {index} is not valid JSON ({error.msg}, near byte "
-                            f"{text.byte}); is the file complete?"
-                        ) from error
-                    text.read()
-            start = text.byte
-            text.move(end)
-            yield start, text.byte
-            index += 1
-
-
-def parquet_files(path: str) -> list[Path]:
-    """The parquet files that a path on this machine names, in order.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    found = Path(path)
-    files = sorted(found.rglob("*.parquet")) if found.is_dir() else [found]
-    if not files:
-        raise FileNotFoundError(f"no parquet file in {path}")
-    return files
-
-
-class ParquetSource:
-    """Rows of parquet files with image bytes, memory-mapped by ``datasets``.
-
-    Args:
-        path: a parquet file, a folder of them, or an id on the hub.
-        folder: where images given by path are, and the size limit.
-    """
-
-    def __init__(self, path: str, folder: ImageFolder) -> None:
-        import datasets
-
-        self.path, self.folder = path, folder
-        self._files = parquet_files(path) if Path(path).exists() else []
-        if self._files:
-            names = [str(file) for file in self._files]
-            table = datasets.load_dataset("parquet", data_files=names, split="train")
-        else:
-            table = datasets.load_dataset(path, split="train")
-        for name, feature in table.features.items():
-            if isinstance(feature, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
-        self._table = table
-        if not len(table):
-            raise DataError(f"{path}: no rows")
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Row:
-        """One row, its images not yet decoded."""
-        return parse_row(self.record(index), self.path, index, self.folder)
-
-    def record(self, index: int) -> Any:
-        """One row as it stands in the table."""
-        return self._table[int(index)]
-
-    blocks: np.ndarray | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Path, size and time of the files, or what the hub's copy is known by."""
-        return file_stamp(self._files) if self._files else str(self._table._fingerprint)
-
-
-def file_stamp(files: Sequence[Path]) -> str:
-    """What tells one state of some files from another."""
-    states = [(str(file), os.stat(file)) for file in files]
-    return " ".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
 
 
 def open_source(
@@ -258,6 +35,14 @@ def open_source(
         FileNotFoundError: no such file or folder.
         ValueError: a file of another kind.
     """
+    open_set = partial(_open_set, streaming=streaming, **limits)
+    if Path(annotations).suffix in (".yaml", ".yml"):
+        return open_mixture(Path(annotations), images, open_set)
+    return open_set(annotations, images)
+
+
+def _open_set(annotations: str, images: str | None, *, streaming: bool, **limits: Any) -> Source:
+    """Open a data set that is no mixture."""
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(
             f"data.images: no folder {images!r}; data/README.md says where real sets come from, "
@@ -265,29 +50,18 @@ def open_source(
         )
     folder = ImageFolder(None if images is None else Path(images), **limits)
     path = Path(annotations)
-    if path.suffix in (".yaml", ".yml"):
-        from proxyv.data.mixture import open_mixture
-
-        return open_mixture(path, images, streaming=streaming, **limits)
+    reader = ParquetStream if streaming else ParquetSource
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"data.annotations: no file {annotations!r}")
         return JsonSource(path, folder)
     if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
-        return _open_parquet(annotations, folder, streaming)
+        return reader(annotations, folder)
     if path.exists():
         raise ValueError(
             f"data.annotations={annotations!r}: expected .json, .jsonl, .parquet, a folder of "
             "parquet files, a .yaml mixture, or an id on the hub"
         )
     if _HUB_ID.fullmatch(annotations) and path.suffix != ".parquet":
-        return _open_parquet(annotations, folder, streaming)
+        return reader(annotations, folder)
     raise FileNotFoundError(f"data.annotations: no file or folder {annotations!r}")
-
-
-def _open_parquet(path: str, folder: ImageFolder, streaming: bool) -> Source:
-    if not streaming:
-        return ParquetSource(path, folder)
-    from proxyv.data.stream import ParquetStream
-
-    return ParquetStream(path, folder)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from proxyv.data.images import DataError, ImageFolder
+from proxyv.data.readers import file_stamp, parquet_files
 from proxyv.data.rows import Row, parse_row
 from proxyv.data.sampler import WINDOW_ROWS
-from proxyv.data.sources import file_stamp, parquet_files
 
 __all__ = ["ParquetStream"]
 

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 
 from proxyv.cli import CommandError, add_model_options, model_options, run_command
+from proxyv.data.readers import Source
 from proxyv.data.rows import Row
-from proxyv.data.sources import Source, open_source
+from proxyv.data.sources import open_source
 from proxyv.data.templates import IMAGE_MARK
 from proxyv.eval.answerer import Answerer, check_model_name
 from proxyv.model.flops import layers_flops

@@ -23,9 +23,10 @@ from proxyv.data.collator import Collator, DummyImage
 from proxyv.data.dataset import ConversationDataset, DataReport, check_rows, report_rows
 from proxyv.data.failures import FailureLog
 from proxyv.data.pipeline import ImagePipeline
+from proxyv.data.readers import Source
 from proxyv.data.sampler import GroupedSampler, LaneSampler, RowSampler
 from proxyv.data.scan import scan_rows
-from proxyv.data.sources import Source, open_source
+from proxyv.data.sources import open_source
 from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
 from proxyv.train.build import (
