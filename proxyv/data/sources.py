@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,18 @@ def open_source(
         FileNotFoundError: no such file or folder.
         ValueError: a file of another kind.
     """
-    open_set = partial(_open_set, streaming=streaming, **limits)
+
+    def open_set(one: str, its_images: str | None) -> Source:
+        return _open_set(one, its_images, streaming, limits)
+
     if Path(annotations).suffix in (".yaml", ".yml"):
         return open_mixture(Path(annotations), images, open_set)
     return open_set(annotations, images)
 
 
-def _open_set(annotations: str, images: str | None, *, streaming: bool, **limits: Any) -> Source:
+def _open_set(
+    annotations: str, images: str | None, streaming: bool, limits: Mapping[str, Any]
+) -> Source:
     """Open a data set that is no mixture."""
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(
