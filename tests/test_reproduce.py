@@ -236,7 +236,21 @@ def test_training_free_arms_use_the_baselines_model_and_a_failure_stops_no_other
     assert states["baseline-seed1"]["seconds"] == pytest.approx(answering + training)
 
 
-def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
+def test_an_arm_goes_on_from_the_stage_1_of_another(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stage 2 was killed once, which leaves a session without an end."""
+    clock = interrupted / "runs" / "mini" / "longer-seed1" / "finetune" / "sessions.json"
+    clock.parent.mkdir(parents=True)
+    killed = {"commit": "c0ffee", "seconds": None}
+    clock.write_text(json.dumps([killed]))
+
+    def train(settings: Any) -> Path:
+        first, second = json.loads(clock.read_text())
+        assert first == killed and second["seconds"] is None and second["commit"]
+        return train_run.train(settings)
+
+    monkeypatch.setattr(work, "train", train)
     assert run(interrupted, "--arms", "longer", "--seeds", "1") == 0
     base, longer = (content(interrupted, name) for name in ("baseline-seed1", "longer-seed1"))
     assert longer["training"]["pretrain"] == base["training"]["pretrain"]
@@ -244,6 +258,10 @@ def test_an_arm_goes_on_from_the_stage_1_of_another(interrupted: Path) -> None:
     assert not (interrupted / "runs" / "mini" / "longer-seed1" / "pretrain").exists()
     assert longer["weights"] != base["weights"]
     assert longer["settings"]["finetune"]["optim"]["max_steps"] == 3
+    sessions = json.loads(clock.read_text())
+    training = longer["training"]["finetune"]
+    assert training["sessions"] == 2 and training["commits"][0] == "c0ffee"
+    assert training["seconds"] == sessions[1]["seconds"] > 0
     plan, folder = read_plan(interrupted / "mini.yaml"), interrupted / "runs-results" / "mini"
     [state] = job_states([Job(plan.arms["longer"], 1)], folder, interrupted / "runs")
     answering = sum(task["seconds"] for task in longer["tasks"].values())

@@ -13,7 +13,7 @@ import pytest
 from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.reproduce.__main__ import main
-from proxyv.reproduce.claims import CLAIMS, Gap, find_gap, verdict
+from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, verdict
 from proxyv.reproduce.plan import Claim, Plan, find_plan
 from proxyv.reproduce.results import (
     CURVE,
@@ -193,6 +193,19 @@ def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
     assert "No claim about" not in without
 
 
+def test_figure_1_has_the_arms_and_no_control(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = fill(tmp_path, plan, 0.02, (1,))
+    put(tmp_path, plan, content("shuffled-images", 1, parts["baseline", 1]))
+    drawn = []
+    monkeypatch.setattr("proxyv.reproduce.report.draw_scores", lambda *given: drawn.append(given))
+    assert "baseline, another question's image" in report(tmp_path)
+    [(_, _, points)] = drawn
+    assert [point.title for point in points] == ["baseline", "ProxyV-L3"]
+    assert points[1].flops == pytest.approx(58)
+
+
 def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
     fill(tmp_path, plan, 0.03, (1,))
 
@@ -209,14 +222,15 @@ def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
-    fill(tmp_path, plan, 0.02)
+    parts = fill(tmp_path, plan, 0.02)
+    # It differs from the baseline by more than where it starts, so it is no point of the curve.
+    put(tmp_path, plan, content("average", 1, parts["baseline", 2]))
     rows = [
         {"ratio": layers / 8, "layers": layers, "score %": 60 - 2 * layers,
          "from": 58 - 2 * layers, "to": 62 - 2 * layers, "of base %": 100 - 4 * layers, "p": 0.5}
         for layers in (0, 4, 5, 8)
     ]  # fmt: skip
-    curve = {"rows": rows, "commit": "0123456789abcdef"}
-    (tmp_path / "tiny" / CURVE).write_text(json.dumps(curve))
+    put_curve(tmp_path, rows)
     first, second = report(tmp_path, "first"), report(tmp_path, "second")
     assert first == second
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
@@ -226,25 +240,69 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
         assert f"({name})" in first
     share = cells(first, "0.5 ")
-    assert share == ["0.5", "52.00 (50.00 to 54.00)", "84.0", "100.2", "0.5000", "–"]
+    assert share == ["0.5", "52.00 (50.00 to 54.00)", "0.5000", "84.0", "–", "100.2"]
     early = cells(first, "ProxyV-L3 | tier 1")[5]  # from layer 3 of 8: five layers
-    assert cells(first, "0.625")[-1] == early.split()[0] != "–"
+    assert cells(first, "0.625")[4:] == [early, "94.5"] and early != "–"
+    assert cells(first, "[tiny/redundancy.json]")[1] == "1"
+
+
+def put_curve(folder: Path, rows: list[dict]) -> None:
+    """The file of the redundancy study."""
+    made = {"versions": {"torch": "2.13.0"}, "hardware": {"device": "a processor"}}
+    path = folder / "tiny" / CURVE
+    path.write_text(json.dumps({"rows": rows, "commit": "0123456789abcdef", **made}))
+
+
+def test_a_baseline_that_has_nothing_right(tmp_path: Path, plan: Plan) -> None:
+    """No share of its score exists, and nothing breaks."""
+    parts = fill(tmp_path, plan, 0.0, (1, 2))
+    for seed in (1, 2):
+        nothing = {task: 0 * own for task, own in parts["baseline", seed].items()}
+        put(tmp_path, plan, content("baseline", seed, nothing))
+    put(tmp_path, plan, content("shuffled-images", 1, parts["baseline", 1]))
+    row = {"ratio": 0.0, "layers": 0, "score %": 0.0, "from": 0.0, "to": 0.0, "of base %": None}
+    put_curve(tmp_path, [row | {"p": 1.0}])
+    text = report(tmp_path)
+    assert cells(text, "0 |") == ["0", "0.00 (0.00 to 0.00)", "1.0000", "–", "–", "–"]
+    put_curve(tmp_path, [row | {"p": 1.0}, row | {"p": 1.0, "ratio": 1.0, "layers": 8}])
+    assert cells(report(tmp_path), "1 |")[3:] == ["–", "–", "62.7"]
+    assert cells(text, "ProxyV loses nothing in grounding")[5] == "**holds**"
+
+
+def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) -> None:
+    """A share is of the same questions, and tasks of unlike length count alike."""
+    parts = fill(tmp_path, plan, 0.0, (1,))["baseline", 1]
+    short = {task: own[: 100 + 10 * n] for n, (task, own) in enumerate(parts.items())}
+    put(tmp_path, plan, content("baseline", 1, short))
+    put(tmp_path, plan, content("shuffled-images", 1, short))
+    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    assert blind_share(plan, table, plan.score) == 1.0
+    assert blind_share(plan, table, ["mme"]) is None
+    rewrite(
+        tmp_path,
+        "shuffled-images-seed1",
+        lambda found: found["tasks"]["docvqa"].update(questions="others"),
+    )
+    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    assert blind_share(plan, table, plan.score) is None
+    assert blind_share(plan, table, ["chartqa"]) == 1.0
 
 
 def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
     parts = fill(tmp_path, plan, 0.02)
     text = report(tmp_path)
-    row = cells(text, "ProxyV-L3 | tier 1")
+    row, cost = cells(text, "ProxyV-L3 | tier 1"), cells(text, "ProxyV-L3 | 42.0")
     expected = 100 * np.mean(
         [parts["proxyv-early", s][t].mean() for s in (1, 2, 3) for t in plan.score]
     )
     assert row[2] == "3" and float(row[3].split()[0]) == pytest.approx(expected, abs=0.01)
-    assert row[6:10] == ["42.0 (46)", "33.3", "40.0 (41)", "20.0"]
+    times = ["40.0 (30 to 50)", "41", "20.0 (10 to 30)"]
+    assert cost[1:] == ["42.0", "46", "33.3", *times]
     base = 100 * np.mean([parts["baseline", s][t].mean() for s in (1, 2, 3) for t in plan.score])
-    assert row[5] == f"{100 * expected / base:.1f} (101.0)"
+    assert row[5:] == [f"{100 * expected / base:.1f}", "101.0"]
     command = "`bash scripts/reproduce.sh tiny --arms proxyv-early --seeds 2`"
     assert cells(text, "[tiny/proxyv-early-seed2.json]")[1:] == [
-        *("0123456789", "0123456789", "a processor", "2.13.0", command)
+        *("2", "0123456789", "0123456789", "a processor", "2.13.0", command)
     ]
 
 
@@ -268,12 +326,15 @@ def test_another_measure_counts_and_a_distance_is_turned_round(tmp_path: Path) -
 def test_what_was_not_run_or_failed_is_listed(tmp_path: Path, plan: Plan) -> None:
     empty = report(tmp_path)
     assert "nothing has been run" in empty
+    assert all(trouble in empty for trouble in plan.went_wrong) and plan.went_wrong
     assert all(job.name in empty for job in plan.jobs())
     fill(tmp_path, plan, 0.0, (1,))
     failed = {"preset": "tiny", "arm": "fastv", "seed": 1, "status": "failed", "commit": None}
     put(tmp_path, plan, failed | {"error": "ValueError: no memory"})
     text = report(tmp_path)
-    assert "nothing has been run" not in text
+    assert "nothing has been run" not in text and "2 of 18 results of tier 1" in text
+    own = cells(text, plan.claims[0].text)
+    assert own[2] == "not run: start-5" and own[5] == "**cannot tell**"
     assert "- fastv-seed1: ValueError: no memory" in text
     [left] = [line for line in text.splitlines() if line.startswith("- tier 1:")]
     assert "proxyv-late-seed1" in left and "proxyv-early-seed2" in left

@@ -57,7 +57,7 @@ def draw_curve(path: Path, title: str, lines: Mapping[str, Sequence[Share]]) -> 
             [max(0.0, score - end) for score, end in zip(scores, low, strict=True)],
             [max(0.0, end - score) for score, end in zip(scores, high, strict=True)],
         ]
-        style = ("o-", "*-", "s--")[number % 3]
+        style = ("o-", "*-", "s")[number % 3]  # of the paper's points no shape is known
         axes.errorbar(shares, scores, yerr=bars, fmt=style, capsize=3, label=name)
     axes.set(title=title, xlabel="share of layers, from the last one", ylabel="% of the baseline")
     axes.set_ylim(bottom=0)

@@ -25,22 +25,16 @@ class PaperRow:
         score: Score_fine; None where the paper gives the relative score only.
         flops: saved, percent; None for the baseline.
         time: saved, percent; None where the paper does not say it.
-        refcoco: grounding accuracy, percent.
-        bleu: of document parsing, percent.
     """
 
     relative: float
     score: float | None = None
     flops: int | None = None
     time: int | None = None
-    refcoco: float | None = None
-    bleu: float | None = None
 
 
-def _scored(score: float, *rest: float | None) -> PaperRow:
-    flops, time, refcoco, bleu = (*rest, None, None, None, None)[:4]
-    whole = [None if value is None else int(value) for value in (flops, time)]
-    return PaperRow(100 * score / BASELINE, score, whole[0], whole[1], refcoco, bleu)
+def _scored(score: float, flops: int | None = None, time: int | None = None) -> PaperRow:
+    return PaperRow(100 * score / BASELINE, score, flops, time)
 
 
 def _skipped(kind: str, layer: int, relative: float) -> PaperRow:
@@ -51,11 +45,11 @@ def _skipped(kind: str, layer: int, relative: float) -> PaperRow:
 _EARLY, _LATE = PAPER["vicuna-7b"][12], PAPER["vicuna-7b"][16]
 
 ROWS: dict[str, PaperRow] = {
-    "baseline": _scored(BASELINE, None, None, 82.96, 79.91),
-    "proxyv-early": _scored(55.16, _EARLY.flops, _EARLY.time, 84.41, 79.23),
+    "baseline": _scored(BASELINE),
+    "proxyv-early": _scored(55.16, _EARLY.flops, _EARLY.time),
     "proxyv-late": _scored(55.94, _LATE.flops, _LATE.time),
-    "visionzip": _scored(54.58, 32, 40, 79.11, 72.18),
-    "pyramiddrop": _scored(54.63, 42, 46, 80.75, 72.61),
+    "visionzip": _scored(54.58, 32, 40),
+    "pyramiddrop": _scored(54.63, 42, 46),
     "atn-early": _skipped("atn", 12, 99.3),
     "atn-late": _skipped("atn", 16, 99.9),
     "atn-ffn-early": _skipped("atn_ffn", 12, 99.3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,7 @@ __all__ = ["WANTED", "write_report"]
 WANTED = (55.0, 90.0)
 """Between these percents the baseline of a task is neither at its floor nor at its ceiling."""
 
-NONE = "–"
+NONE, ONE_SEED = "–", " (one seed)"
 
 
 def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
@@ -50,6 +51,7 @@ def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
         CommandError: a result file is damaged, or of another preset.
     """
     sections = [_section(plan, results / plan.name, output) for plan in plans]
+    sections.sort(key=lambda section: not section["any"])  # what has been run comes first
     text = files("proxyv.reproduce").joinpath("report.md.j2").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -83,15 +85,19 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
     table = {(result.arm, result.seed): result for result in found if result.done}
     failed = {(result.arm, result.seed): result for result in found if not result.done}
     jobs = plan.jobs()
+    verdicts = [_verdict_row(plan, table, claim) for claim in (*CLAIMS, *plan.claims)]
     return {
         "plan": plan,
         "measures": [f"{task}: {_measure_text(plan, task)}" for task in plan.tasks],
         "any": bool(table),
-        "verdicts": [_verdict_row(plan, table, claim) for claim in (*CLAIMS, *plan.claims)],
-        "rows": [row for arm in plan.arms.values() if (row := _arm_row(plan, table, arm))],
+        "verdicts": verdicts,
+        "count": Counter(row["verdict"].removesuffix(ONE_SEED) for row in verdicts),
+        "tier_one": _tier_one(plan, table),
+        "rows": [row for arm in _by_tier(plan) if (row := _arm_row(plan, table, arm))],
         "tasks": _task_rows(plan, table),
         "floor": _out_of_range(plan, table),
         "blind": _answered_blind(plan, table),
+        "control": blind_share(plan, table, list(plan.tasks)) is not None,
         "figure": _scores_figure(plan, table, output),
         "curve": _curve(plan, table, folder, output),
         "files": [_file_row(plan, result) for result in found if result.done],
@@ -110,6 +116,17 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
             for tier, name in TIERS.items()
         },
     }
+
+
+def _by_tier(plan: Plan) -> list[Arm]:
+    return sorted(plan.arms.values(), key=lambda arm: arm.tier)
+
+
+def _tier_one(plan: Plan, table: Table) -> str:
+    """How much of tier 1 there is, such as "6 of 18"."""
+    names = [arm.name for arm in plan.arms.values() if arm.tier == 1]
+    done = sum((name, seed) in table for name in names for seed in plan.seeds)
+    return f"{done} of {len(names) * len(plan.seeds)}"
 
 
 def _measure(plan: Plan, task: str) -> str:
@@ -135,13 +152,18 @@ def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
         "files": f"{claim.arm}, {claim.other}",
         "gap": gap if isinstance(gap, str) else _gap_text(gap),
         "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
-        "p": NONE if isinstance(gap, str) else f"{gap.p_value:.4f}",
+        "p": NONE if isinstance(gap, str) else _p_text(gap.p_value),
         "verdict": verdict(claim.rule, gap, blind) + _one_seed(gap),
     }
 
 
 def _one_seed(gap: Gap | str) -> str:
-    return " (one seed)" if isinstance(gap, Gap) and len(gap.seeds) == 1 else ""
+    return ONE_SEED if isinstance(gap, Gap) and len(gap.seeds) == 1 else ""
+
+
+def _p_text(value: float) -> str:
+    """A p-value; 0.0001 is the least that ten thousand permutations can show."""
+    return "≤ 0.0001" if value < 0.00015 else f"{value:.4f}"
 
 
 def _gap_text(gap: Gap) -> str:
@@ -172,7 +194,7 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
         "relative": _relative(plan, table, arm) if alike else NONE,
         "flops": _percent(_flops_saved(results)),
         "as_run": _percent(_flops_saved(results, "as_run")),
-        "time": NONE if arm.name == "baseline" else _percent(_time_saved(results, "prefill")),
+        "time": NONE if arm.name == "baseline" else _time_saved(results, "prefill"),
         "training": _training_saved(arm, results),
         "paper_relative": f"{paper.relative:.1f}" if paper else NONE,
         "paper_flops": str(paper.flops) if paper and paper.flops is not None else NONE,
@@ -207,13 +229,13 @@ def _training_saved(arm: Arm, results: Sequence[Result]) -> str:
         return NONE
     if arm.checkpoint is not None:
         return "not trained"
-    return _percent(_time_saved(results, "step"))
+    return _time_saved(results, "step")
 
 
-def _time_saved(results: Sequence[Result], what: str) -> float:
-    """Percent of the baseline's time: median over the rounds of all seeds."""
-    ratios = [
-        mine / theirs
+def _time_saved(results: Sequence[Result], what: str) -> str:
+    """Percent of the baseline's time: median, least and most over the rounds of all seeds."""
+    saved = [
+        100 * (1 - mine / theirs)
         for result in results
         for mine, theirs in zip(
             result.content["cost"][f"{what}_seconds"],
@@ -221,13 +243,13 @@ def _time_saved(results: Sequence[Result], what: str) -> float:
             strict=True,
         )
     ]
-    return 100 * (1 - statistics.median(ratios))
+    return f"{statistics.median(saved):.1f} ({min(saved):.0f} to {max(saved):.0f})"
 
 
 def _task_rows(plan: Plan, table: Table) -> list[tuple[str, list[str]]]:
     """Score of every task, in percent, by arm."""
     rows = []
-    for arm in plan.arms.values():
+    for arm in _by_tier(plan):
         if results := _of(plan, table, arm.name):
             values = [mean_interval(results, [task])[0] for task in plan.tasks]
             rows.append((arm.title, [f"{value:.1f}" for value in values]))
@@ -277,16 +299,17 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
         (output.parent / name).unlink(missing_ok=True)
         return None
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in found["rows"] if row["of base %"] is not None]
+    rows: Sequence[Mapping[str, Any]] = found["rows"]
     depth = max((round(row["layers"] / row["ratio"]) for row in rows if row["ratio"]), default=0)
     trained = _by_start(plan, table, depth)
-    scale = next((row["of base %"] / row["score %"] for row in rows if row["score %"]), 0.0)
+    scale = next((row["of base %"] / row["score %"] for row in rows if row["of base %"]), 0.0)
+    masked = [
+        Share(row["ratio"], *(scale * row[key] for key in ("score %", "from", "to")))
+        for row in rows
+    ]
     lines = {
-        "vision attention masked, nothing trained": [
-            Share(row["ratio"], row["of base %"], scale * row["from"], scale * row["to"])
-            for row in rows
-        ],
-        "ProxyV, trained": list(trained.values()),
+        "vision attention masked, nothing trained": masked,
+        "ProxyV, trained (gap to the baseline)": list(trained.values()),
         "masked, the paper's Vicuna-7B": [Share(x, y, y, y) for x, y in MASKED.items()],
     }
     draw_curve(output.parent / name, f"{plan.name}: what vision tokens need", lines)
@@ -294,14 +317,23 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
         (
             f"{row['ratio']:.3g}",
             f"{row['score %']:.2f} ({row['from']:.2f} to {row['to']:.2f})",
-            f"{row['of base %']:.1f}",
-            f"{MASKED[row['ratio']]:.1f}" if row["ratio"] in MASKED else NONE,
-            f"{row['p']:.4f}",
+            _p_text(row["p"]),
+            NONE if row["of base %"] is None else f"{row['of base %']:.1f}",
             f"{trained[row['layers']].score:.1f}" if row["layers"] in trained else NONE,
+            f"{MASKED[row['ratio']]:.1f}" if row["ratio"] in MASKED else NONE,
         )
         for row in rows
     ]
-    return {"figure": name, "rows": cells, "commit": found["commit"]}
+    return {
+        "figure": name,
+        "rows": cells,
+        "commit": _short(found["commit"]),
+        "seed": plan.seeds[0],
+        "file": f"{plan.name}/{CURVE}",
+        "hardware": found["hardware"]["device"],
+        "torch": found["versions"]["torch"],
+        "command": f"bash scripts/reproduce.sh {plan.name} --arms baseline --seeds {plan.seeds[0]}",
+    }
 
 
 def _by_start(plan: Plan, table: Table, depth: int) -> dict[int, Share]:
@@ -309,15 +341,14 @@ def _by_start(plan: Plan, table: Table, depth: int) -> dict[int, Share]:
     found = {}
     for arm in plan.arms.values():
         start = arm.model.get("start_layer")
-        seeds = [s for s in plan.seeds if (arm.name, s) in table and ("baseline", s) in table]
-        plain = arm.model.keys() == {"start_layer"} and arm.pretrained is None
-        if plain and start is not None and seeds:
-            own, base = (
-                mean_interval([table[name, s] for s in seeds], plan.score)
-                for name in (arm.name, "baseline")
-            )
-            score, low, high = (100 * value / base[0] for value in own)
-            found[depth - start] = Share((depth - start) / depth, score, low, high)
+        alone = arm.model.keys() == {"start_layer"} and not (arm.pretrained or arm.finetune)
+        gap = find_gap(plan, table, Claim("", "", arm.name, "baseline", "better"))
+        if alone and start is not None and isinstance(gap, Gap) and depth:
+            seeds = [s for s in plan.seeds if (arm.name, s) in table and ("baseline", s) in table]
+            base = mean_interval([table["baseline", s] for s in seeds], plan.score)[0]
+            ends = [100 + 100 * value / base for value in (gap.value, *gap.interval) if base]
+            if ends:
+                found[depth - start] = Share((depth - start) / depth, *ends)
     return dict(sorted(found.items()))
 
 
@@ -327,6 +358,7 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
     arm = f"--arms {result.arm} --seeds {result.seed}"
     return {
         "name": f"{plan.name}/{result.path.name}",
+        "seed": str(result.seed),
         "trained": _commits(content["training"]),
         "commit": _short(content["commit"]),
         "hardware": content["hardware"]["device"],

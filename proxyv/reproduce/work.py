@@ -216,8 +216,8 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     """Train a stage, or go on with it, or take what is finished.
 
     Returns:
-        The trainer's summary, its ``seconds`` and ``commits`` those of all sessions that were not
-        killed, and the settings.
+        The trainer's summary with ``sessions`` and ``commits`` of all of them, ``seconds`` of those
+        that were not killed, and the settings.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -226,13 +226,16 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     folder = Path(str(settings.run.output_dir))
     clock = folder / "sessions.json"
     if not (folder / FINISHED).is_file():
-        started = time.monotonic()
+        started, earlier = time.monotonic(), _sessions(clock)
+        session: dict[str, Any] = {"commit": git_commit(), "seconds": None}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(clock, [*earlier, session])  # so that a session that is killed is known too
         prepare_rank(settings)
         try:
             train(settings)
         finally:
-            seconds = round(time.monotonic() - started, 1)
-            write_json(clock, [*_sessions(clock), {"seconds": seconds, "commit": git_commit()}])
+            session["seconds"] = round(time.monotonic() - started, 1)
+            write_json(clock, [*earlier, session])
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -247,7 +250,7 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     sessions = _sessions(clock)
     return {
         **summary,
-        "seconds": round(sum(session["seconds"] for session in sessions), 1),
+        "seconds": round(sum(session["seconds"] or 0.0 for session in sessions), 1),
         "sessions": len(sessions),
         "commits": list(dict.fromkeys(session["commit"] for session in sessions)),
     }, settings

@@ -109,7 +109,7 @@ def train(settings: Settings) -> Path:
             held.enter_context(only_run(folder))
             check_output(settings)  # a run that was dying may have finished instead
         checkpoint = _begin(trainer, folder, settings)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         if stop.received:
             raise Interrupted(
                 stop.received,
@@ -120,7 +120,9 @@ def train(settings: Settings) -> Path:
             "steps": trainer.state.global_step,
             "skipped_steps": trainer.skipped_steps,
             "rows": len(trainer.sampler),
-            "loss": _mean_loss(trainer.state.log_history),
+            "loss": round(float(result.training_loss), 6)
+            if checkpoint is None
+            else _mean_loss(trainer.state.log_history),
             "seconds": round(time.monotonic() - began, 1),
         }
         save_run(trainer, built, folder, settings, summary)
@@ -131,12 +133,15 @@ def train(settings: Settings) -> Path:
 
 
 def _mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
-    """Mean over all steps that were logged, those before a resumption too; None without any."""
-    total, last = 0.0, 0.0
+    """Mean over the steps that were logged, for a run that was resumed; None without any.
+
+    What the trainer itself gives then is the loss of the steps since, divided by all steps.
+    """
+    total, last = 0.0, 0
     for entry in history:
         if "loss" in entry:
-            # What is logged is the mean since the entry before it.
-            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+            # The mean since the entry before it, or since a resumption in between.
+            total, last = total + entry["loss"] * (entry["step"] - last), int(entry["step"])
     return round(total / last, 6) if last else None
 
 
