@@ -62,7 +62,6 @@ def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
         blind_share=BLIND_SHARE,
         wanted=WANTED,
         llms=LLMS,
-        tiers=TIERS,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
@@ -149,7 +148,6 @@ def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
     return {
         "text": claim.text,
         "paper": claim.paper,
-        "files": f"{claim.arm}, {claim.other}",
         "gap": gap if isinstance(gap, str) else _gap_text(gap),
         "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
         "p": NONE if isinstance(gap, str) else _p_text(gap.p_value),
