@@ -14,6 +14,7 @@ from proxyv.model.head import LanguageHead
 from proxyv.profiling.__main__ import main
 from proxyv.profiling.arms import build_arms, make_inputs
 from proxyv.profiling.breakdown import PARTS, breakdown
+from proxyv.profiling.commands import _scaling_plot
 from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.levers import LEVERS
 from proxyv.profiling.loss import all_rows_loss, supervised_loss
@@ -196,9 +197,9 @@ def written(folder, name, rows, **more):
     (folder / f"{name}.json").write_text(json.dumps(report))
 
 
-def timed(arm, ratio, flops, operation="prefill"):
+def timed(arm, ratio, flops, operation="prefill", **more):
     saved = {"time saved %": 100 * (1 - ratio), "FLOPs saved %": 100 * (1 - flops)}
-    return {"operation": operation, "arm": arm, "time ratio": ratio, **saved}
+    return {"operation": operation, "arm": arm, "time ratio": ratio, **saved, **more}
 
 
 def test_limits_beside_what_was_measured(tmp_path, capsys):
@@ -206,23 +207,43 @@ def test_limits_beside_what_was_measured(tmp_path, capsys):
     rows = [timed("baseline", 1.0, 1.0), timed("ProxyV-L8", 0.64, 0.615)]
     written(tmp_path, "cpu-prefill", rows)
     written(tmp_path, "cpu-decode", [timed("ProxyV-L8", 1.03, 1.0, "decode step")])
-    written(tmp_path, "cpu-large", [timed("ProxyV-L6", 0.48, 0.43)], process_peak_mib=12000.0)
+    large = timed("ProxyV-L6", 0.48, 0.43, crops=40, text=50)
+    written(tmp_path, "cpu-large", [large], process_peak_mib=12000.0)
     written(tmp_path, "cpu-memory", [{"arm": "ProxyV-L8", "training ratio": 0.74}])
+    scaling = [timed("ProxyV-L6", 0.9, 0.95, crops=1, text=50)]
+    scaling += [
+        timed("ProxyV-L6", ratio, 0.51, crops=5, text=n) for ratio, n in ((0.54, 50), (1, 9))
+    ]
+    written(tmp_path, "cpu-scaling", scaling)
     assert main(["limits", str(tmp_path), "--output", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     verdicts = {
-        (line["report"], line["arm"], line["column"]): line["verdict"] for line in found["rows"]
+        (line["report"], line["arm"], line["column"], round(line["limit"], 3)): line["verdict"]
+        for line in found["rows"]
     }
-    more = "time saved - FLOPs saved"
-    assert verdicts[("cpu-prefill", "ProxyV-L8", "time ratio")] == "holds"
-    assert verdicts[("cpu-prefill", "ProxyV-L6", "time ratio")] == "not measured"
-    assert verdicts[("cpu-prefill", "ProxyV-L8", more)] == "holds"
-    assert verdicts[("cpu-decode", "ProxyV-L8", "time ratio")] == "DOES NOT HOLD"
-    assert ("cpu-decode", "ProxyV-L8", more) not in verdicts  # no FLOPs to save
-    assert verdicts[("cpu-large", "ProxyV-L6", "time ratio")] == "holds"
-    assert verdicts[("cpu-large", "ProxyV-L6", more)] == "DOES NOT HOLD"
-    assert verdicts[("cpu-large", "process", "process_peak_mib")] == "DOES NOT HOLD"
-    assert verdicts[("cpu-memory", "ProxyV-L8", "training ratio")] == "holds"
+    assert verdicts == {
+        ("cpu-prefill", "ProxyV-L8", "time ratio", 0.64): "holds",
+        ("cpu-prefill", "ProxyV-L6", "time ratio", 0.53): "not measured",
+        ("cpu-scaling", "ProxyV-L8", "time ratio", 0.64): "not measured",
+        ("cpu-scaling", "ProxyV-L6", "time ratio", 0.53): "DOES NOT HOLD",  # of 5 crops, 50 tokens
+        ("cpu-scaling", "ProxyV-L6", "time ratio", 0.55): "DOES NOT HOLD",  # of 9: half the FLOPs
+        ("cpu-decode", "ProxyV-L8", "time ratio", 1.02): "DOES NOT HOLD",
+        ("cpu-decode", "ProxyV-L6", "time ratio", 1.02): "not measured",
+        ("cpu-large", "ProxyV-L8", "time ratio", 0.60): "not measured",
+        ("cpu-large", "ProxyV-L6", "time ratio", 0.48): "holds",
+        ("cpu-large", "ProxyV-L6", "time ratio", 0.47): "DOES NOT HOLD",  # 0.43 of the FLOPs
+        ("cpu-large", "process", "process_peak_mib", 11444.092): "DOES NOT HOLD",
+        ("cpu-memory", "ProxyV-L8", "prefill ratio", 1.0): "not measured",
+        ("cpu-memory", "ProxyV-L6", "prefill ratio", 1.0): "not measured",
+        ("cpu-memory", "ProxyV-L8", "training ratio", 0.75): "holds",
+        ("cpu-memory", "ProxyV-L6", "training ratio", 0.75): "not measured",
+    }
+    [nine] = [line for line in found["rows"] if "9 text" in line["operation"]]
+    assert nine["operation"] == "prefill, 5 crops, 9 text"
+    assert "so it is in 2 of 4 rows" in found["notes"]
+    drawn = found["plot"]["series"]["measured"]
+    assert drawn == [0.64, 0.54, 1.03, 0.74, 0.48, 0.48, 1]
+    assert len({*found["plot"]["x"]}) == len(drawn)
     assert "cpu-training" in found["notes"] and "cpu-prefill" not in found["notes"]
     assert "DOES NOT HOLD" in (tmp_path / "limits.md").read_text()
     assert main(["limits", str(tmp_path)]) == 0  # its own file is no measurement
@@ -325,3 +346,36 @@ def test_mistakes_are_one_line(given, message, capsys):
     assert run_command(main, given) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def scaled(arm, crops, text, ms):
+    return {"arm": arm, "crops": crops, "text": text, "median ms": ms}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "x", "series", "x_label"),
+    [
+        ([(1, 9), (2, 9)], [1, 2], {"a": [0.0, 1.0], "b": [0.5, 1.5]}, "crops"),
+        ([(2, 9), (2, 7)], [9, 7], {"a": [0.0, 1.0], "b": [0.5, 1.5]}, "text tokens"),
+        ([(2, 9)], ["a", "b"], {"prefill": [0.0, 0.5]}, ""),
+        (
+            [(1, 9), (2, 9), (1, 7), (2, 7)],
+            [1, 2],
+            {
+                "a, 9 text tokens": [0.0, 1.0],
+                "b, 9 text tokens": [0.5, 1.5],
+                "a, 7 text tokens": [2.0, 3.0],
+                "b, 7 text tokens": [2.5, 3.5],
+            },
+            "crops",
+        ),
+    ],
+)
+def test_scaling_is_drawn_over_what_varies(sizes, x, series, x_label):
+    lines = [
+        scaled(arm, crops, text, 1000.0 * place + 500 * (arm == "b"))
+        for place, (crops, text) in enumerate(sizes)
+        for arm in ("a", "b")
+    ]
+    plot = _scaling_plot(lines)
+    assert (plot.x, plot.series, plot.x_label, plot.lines) == (x, series, x_label, len(sizes) > 1)

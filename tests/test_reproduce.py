@@ -174,6 +174,9 @@ def test_a_result_file_holds_what_its_numbers_depend_on(interrupted: Path) -> No
     assert found["settings"]["evaluation"]["answer_tokens"] == {"docvqa": 8}
     assert max(lengths) <= 8
     assert entry["value"] == pytest.approx(sum(r["score"] for r in records) / 4)
+    sessions = json.loads((answers / "sessions.json").read_text())
+    assert entry["seconds"] == pytest.approx(sum(s["seconds"] for s in sessions), abs=0.1)
+    assert sessions[0]["seconds"] > 0 and sessions[0].keys() == {"commit", "seconds"}
     cost = found["cost"]
     for what in ("prefill", "step"):
         assert len(cost[f"{what}_seconds"]) == len(cost[f"baseline_{what}_seconds"]) == 2
@@ -263,7 +266,7 @@ def test_an_arm_goes_on_from_the_stage_1_of_another(
     assert training["sessions"] == 2 and training["commits"][0] == "c0ffee"
     assert training["seconds"] == sessions[1]["seconds"] > 0
     plan, folder = read_plan(interrupted / "mini.yaml"), interrupted / "runs-results" / "mini"
-    [state] = job_states([Job(plan.arms["longer"], 1)], folder, interrupted / "runs")
+    [state] = job_states(plan, [Job(plan.arms["longer"], 1)], folder, interrupted / "runs")
     answering = sum(task["seconds"] for task in longer["tasks"].values())
     assert state.seconds == pytest.approx(answering + longer["training"]["finetune"]["seconds"])
 

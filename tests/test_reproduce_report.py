@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, verdict
-from proxyv.reproduce.plan import Claim, Plan, find_plan
+from proxyv.reproduce.plan import STAGES, Claim, Job, Plan, find_plan
 from proxyv.reproduce.results import (
     CURVE,
     Result,
@@ -25,6 +26,7 @@ from proxyv.reproduce.results import (
     unpack,
     write_result,
 )
+from proxyv.train.config_files import settings_yaml
 
 QUESTIONS = 400
 TASKS = ("docvqa", "chartqa", "infovqa", "textvqa", "ocrbench", "refcoco_testA", "ccpdf")
@@ -41,8 +43,24 @@ def answers(rate: float, stream: int, like: np.ndarray | None = None) -> np.ndar
     return drawn if like is None else np.where(rng.random(QUESTIONS) < 0.9, like, drawn)
 
 
+def made_with(arm: str, seed: int) -> dict[str, Any]:
+    """The settings that a result file of the preset tiny names, in a folder of its own."""
+    plan, runs = find_plan("tiny"), Path("elsewhere/tiny")
+    job = Job(plan.arms[arm], seed)
+    stages = {
+        stage: plan.stage(plan.trainer(plan.trained(job), stage), stage, runs) for stage in STAGES
+    }
+    return {
+        "arm": job.arm.settings(),
+        **{stage: yaml.safe_load(settings_yaml(own)) for stage, own in stages.items()},
+        "evaluation": {"batch_size": 4, "answer_tokens": dict(plan.answer_tokens)},
+        "world": dict(plan.world),
+    }
+
+
 def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> dict[str, Any]:
     """A result file as an arm leaves it."""
+    source = find_plan("tiny").arms[arm].checkpoint or arm
     trained = {"seconds": 60.0, "steps": 3, "sessions": 1, "commits": ["0123456789abcdef"]}
     return {
         "preset": "tiny",
@@ -69,7 +87,8 @@ def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> d
             "baseline_step_seconds": [1.0, 1.0, 1.0],
         },
         "training": {"of": f"{arm}-seed{seed}", "pretrain": trained, "finetune": trained},
-        "settings": {},
+        "settings": made_with(arm, seed),
+        "weights": f"those of {source}, seed {seed}",
         "versions": {"torch": "2.13.0"},
         "hardware": {"device": "a processor"},
         "commit": "0123456789abcdef",
@@ -97,6 +116,9 @@ def fill(folder: Path, plan: Plan, lift: float, seeds: tuple[int, ...] = (1, 2, 
         parts["baseline", seed], parts["proxyv-early", seed] = base, arm
     for (arm_name, seed), own in parts.items():
         put(folder, plan, content(arm_name, seed, own))
+    blind = {task: own * (answers(0.3, n) > 0) for n, (task, own) in
+             enumerate(parts["baseline", seeds[0]].items())}  # fmt: skip
+    put(folder, plan, content("shuffled-images", seeds[0], blind))
     return parts
 
 
@@ -165,13 +187,14 @@ def test_verdicts_are_those_worked_out_by_hand(tmp_path: Path, plan: Plan, lift:
 
 def test_seeds_have_to_agree() -> None:
     gap = Gap(2.0, (1.0, 3.0), 0.001, {1: 4.5, 2: -0.5})
-    assert verdict("better", gap) == verdict("worse", gap) == "cannot tell"
-    assert verdict("not worse", gap) == "holds"  # both lie above -1
-    assert verdict("better", Gap(2.0, (1.0, 3.0), 0.001, {1: 2.0})) == ("holds")
+    assert verdict("better", gap, 0.1) == verdict("worse", gap, 0.1) == "cannot tell"
+    assert verdict("not worse", gap, 0.1) == "holds"  # both lie above -1
+    assert verdict("better", Gap(2.0, (1.0, 3.0), 0.001, {1: 2.0}), 0.1) == "holds"
     worse = Gap(-3.0, (-4.0, -2.0), 0.001, {1: -3.0})
-    found = [verdict(rule, worse) for rule in ("better", "not worse", "worse")]
+    found = [verdict(rule, worse, 0.5) for rule in ("better", "not worse", "worse")]
     assert found == ["does not hold", "does not hold", "holds"]
-    assert verdict("better", "not run: fastv") == "cannot tell"
+    assert verdict("better", "not run: fastv", 0.1) == "cannot tell"
+    assert verdict("worse", worse, 0.51) == verdict("worse", worse, None) == "cannot tell"
 
 
 def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
@@ -189,8 +212,8 @@ def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
     assert re.fullmatch(r"refcoco_testA (89|90|91|92) %", share)
     (tmp_path / "tiny" / "shuffled-images-seed1.json").unlink()
     without = report(tmp_path)
-    assert cells(without, "ProxyV loses nothing in grounding")[5] == "**does not hold**"
-    assert "No claim about" not in without
+    assert "Of 21 claims 0 hold, 0 do not, 21 cannot be told" in without
+    assert "No claim about" not in without and "has not been asked with the images" in without
 
 
 def test_figure_1_has_the_arms_and_no_control(
@@ -213,7 +236,7 @@ def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
         found["tasks"]["chartqa"]["questions"] = "others"
 
     rewrite(tmp_path, "proxyv-early-seed1", change)
-    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    table = {(r.arm, r.seed): r for r in read_results(plan, tmp_path / "tiny")}
     assert find_gap(plan, table, CLAIMS[0]) == "chartqa: not the same questions or measure"
     parsing = Claim("", "", "proxyv-early", "baseline", "better", "ccpdf")
     assert isinstance(find_gap(plan, table, parsing), Gap)
@@ -249,6 +272,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
 def put_curve(folder: Path, rows: list[dict]) -> None:
     """The file of the redundancy study."""
     made = {"versions": {"torch": "2.13.0"}, "hardware": {"device": "a processor"}}
+    made["weights"] = "those of baseline, seed 1"  # type: ignore[assignment]
     path = folder / "tiny" / CURVE
     path.write_text(json.dumps({"rows": rows, "commit": "0123456789abcdef", **made}))
 
@@ -266,7 +290,7 @@ def test_a_baseline_that_has_nothing_right(tmp_path: Path, plan: Plan) -> None:
     assert cells(text, "0 |") == ["0", "0.00 (0.00 to 0.00)", "1.0000", "–", "–", "–"]
     put_curve(tmp_path, [row | {"p": 1.0}, row | {"p": 1.0, "ratio": 1.0, "layers": 8}])
     assert cells(report(tmp_path), "1 |")[3:] == ["–", "–", "62.7"]
-    assert cells(text, "ProxyV loses nothing in grounding")[5] == "**holds**"
+    assert cells(text, "ProxyV loses nothing in grounding")[5] == "**cannot tell**"
 
 
 def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) -> None:
@@ -275,7 +299,7 @@ def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) ->
     short = {task: own[: 100 + 10 * n] for n, (task, own) in enumerate(parts.items())}
     put(tmp_path, plan, content("baseline", 1, short))
     put(tmp_path, plan, content("shuffled-images", 1, short))
-    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    table = {(r.arm, r.seed): r for r in read_results(plan, tmp_path / "tiny")}
     assert blind_share(plan, table, plan.score) == 1.0
     assert blind_share(plan, table, ["mme"]) is None
     rewrite(
@@ -283,7 +307,7 @@ def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) ->
         "shuffled-images-seed1",
         lambda found: found["tasks"]["docvqa"].update(questions="others"),
     )
-    table = {(r.arm, r.seed): r for r in read_results(tmp_path / "tiny")}
+    table = {(r.arm, r.seed): r for r in read_results(plan, tmp_path / "tiny")}
     assert blind_share(plan, table, plan.score) is None
     assert blind_share(plan, table, ["chartqa"]) == 1.0
 
@@ -332,7 +356,7 @@ def test_what_was_not_run_or_failed_is_listed(tmp_path: Path, plan: Plan) -> Non
     failed = {"preset": "tiny", "arm": "fastv", "seed": 1, "status": "failed", "commit": None}
     put(tmp_path, plan, failed | {"error": "ValueError: no memory"})
     text = report(tmp_path)
-    assert "nothing has been run" not in text and "2 of 18 results of tier 1" in text
+    assert "nothing has been run" not in text and "3 of 19 results of tier 1" in text
     own = cells(text, plan.claims[0].text)
     assert own[2] == "not run: start-5" and own[5] == "**cannot tell**"
     assert "- fastv-seed1: ValueError: no memory" in text
@@ -340,6 +364,77 @@ def test_what_was_not_run_or_failed_is_listed(tmp_path: Path, plan: Plan) -> Non
     assert "proxyv-late-seed1" in left and "proxyv-early-seed2" in left
     assert "baseline-seed1" not in left and "proxyv-early-seed1" not in left
     assert "fastv" not in next(x for x in text.splitlines() if x.startswith("- tier 2:"))
+
+
+def changed(key: str, value: Any) -> Any:
+    """A change to a result file: ``settings.world.seed`` and the like."""
+
+    def change(found: dict) -> None:
+        *path, last = key.split(".")
+        for part in path:
+            found = found[part]
+        found[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("settings.arm.model", {"start_layer": 2}, "arm.model is {'start_layer': 2} there"),
+        ("settings.arm.control", "blank-images", "arm.control is 'blank-images' there, and None"),
+        ("settings.world.seed", 1, "world.seed is 1 there, and 2026 in the preset tiny"),
+        ("settings.evaluation.answer_tokens", {"ccpdf": 8}, "evaluation.answer_tokens is"),
+        ("settings.finetune.optim.lr", 0.5, "finetune: optim.lr is 0.5 there"),
+        ("settings.pretrain.run.seed", 3, "pretrain: run.seed is 3 there, and 1 in"),
+        ("tasks.docvqa.samples", 2000, "the number of questions of docvqa is 2000 there"),
+        ("weights", "others", "is of a model with weights"),
+    ],
+)
+def test_results_of_another_preset_than_todays_are_refused(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str], key: str, value: Any, said: str
+) -> None:
+    fill(tmp_path, plan, 0.0, (1,))
+    name = "shuffled-images-seed1" if key == "weights" else "proxyv-early-seed1"
+    rewrite(tmp_path, name, changed(key, value))
+    places = ["--results", str(tmp_path)]
+    words = ["report", "--presets", "tiny", *places, "--output", str(tmp_path / "report.md")]
+    assert run_command(main, words) == 2
+    error = capsys.readouterr().err
+    assert said in error and name in error and "move" in error
+    if key != "weights":  # that takes two files
+        for command in ("status", "run"):
+            runs = ["--runs", str(tmp_path / "runs"), "--arms", "proxyv-early", "--seeds", "1"]
+            assert run_command(main, [command, *places, *runs]) == 2
+            assert said in capsys.readouterr().err
+        assert not (tmp_path / "runs" / "tiny" / "world").exists()  # nothing was begun
+
+
+def test_what_does_not_change_a_result_may_differ(tmp_path: Path, plan: Plan) -> None:
+    """Where it was run, how often it was saved, and what was decided by the machine."""
+    fill(tmp_path, plan, 0.0, (1,))
+    for key, value in (
+        ("settings.finetune.run.output_dir", "/other/tiny/proxyv-early-seed1/finetune"),
+        ("settings.finetune.data.annotations", "/other/tiny/world/llava_next/conversations.json"),
+        ("settings.finetune.data.images", "/other/tiny/world"),
+        ("settings.finetune.model.init_from", "/other/tiny/proxyv-early-seed1/pretrain"),
+        ("settings.finetune.run.save_steps", 7),
+        ("settings.finetune.model.dtype", "bfloat16"),
+        ("settings.evaluation.batch_size", 1),
+    ):
+        rewrite(tmp_path, "proxyv-early-seed1", changed(key, value))
+    assert "ProxyV-L3" in report(tmp_path)
+
+
+def test_a_curve_of_another_baseline_is_refused(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, plan, 0.0, (1,))
+    put_curve(tmp_path, [])
+    rewrite(tmp_path, "redundancy", changed("weights", "others"))
+    words = ["report", "--presets", "tiny", "--results", str(tmp_path)]
+    assert run_command(main, [*words, "--output", str(tmp_path / "report.md")]) == 2
+    assert "is of a model with weights others" in capsys.readouterr().err
 
 
 def test_damaged_and_foreign_files_are_refused(
@@ -350,7 +445,7 @@ def test_damaged_and_foreign_files_are_refused(
     words += ["--output", str(tmp_path / "report.md")]
     rewrite(tmp_path, "baseline-seed1", lambda found: found.update(preset="smol"))
     assert run_command(main, words) == 2
-    assert "is of preset 'smol', not 'tiny'" in capsys.readouterr().err
+    assert "preset is 'smol' there, and 'tiny' in the preset tiny" in capsys.readouterr().err
     fill(tmp_path, plan, 0.0, (1,))
     rewrite(
         tmp_path,
@@ -358,7 +453,7 @@ def test_damaged_and_foreign_files_are_refused(
         lambda found: found["tasks"]["ccpdf"].update(measure="doc_bleu"),
     )
     assert run_command(main, words) == 2
-    said = "ccpdf was scored by doc_bleu, the preset says doc_edit_distance"
+    said = "the measure of ccpdf is 'doc_bleu' there, and 'doc_edit_distance' in the preset"
     assert said in capsys.readouterr().err
     (tmp_path / "tiny" / "baseline-seed1.json").write_text('{"preset":')
     assert run_command(main, words) == 2

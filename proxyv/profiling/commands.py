@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -94,9 +94,10 @@ def latency_report(
         for operation, timings in measured.items()
         for line in _timed_rows(operation, timings, {n: f[operation] for n, f in flops.items()})
     ]
-    ratios = {
-        arm.name: [line["time ratio"] for line in rows if line["arm"] == arm.name] for arm in arms
-    }
+    found = {(line["arm"], line["operation"]): line["time ratio"] for line in rows}
+    names = [
+        n for n in dict.fromkeys(n for n, _ in found) if all((n, o) in found for o in measured)
+    ]
     notes = times_note(arms, row)
     if "decode step" in measured:
         notes += " The cache of every arm grows in place, but for the stock cache."
@@ -109,7 +110,11 @@ def latency_report(
         title=f"Latency: {setting_of(arms[0], inputs[arms[0].name])}",
         rows=rows,
         notes=notes,
-        plot=Plot(x=list(measured), series=ratios, y_label="time / baseline's time"),
+        plot=Plot(
+            x=names,
+            series={operation: [found[n, operation] for n in names] for operation in measured},
+            y_label="time / baseline's time",
+        ),
     )
 
 
@@ -154,8 +159,8 @@ def memory_report(
         + (", with gradient checkpointing." if checkpointing else ".")
         + methods_note(arms, row),
         plot=Plot(
-            x=done,
-            series={line["arm"]: [line[f"{name} peak MiB"] for name in done] for line in rows},
+            x=[line["arm"] for line in rows],
+            series={name: [line[f"{name} peak MiB"] for line in rows] for name in done},
             y_label="peak above weights, MiB",
         ),
     )
@@ -193,29 +198,33 @@ def scaling_report(
             if peaks:
                 line["peak MiB"] = peaks[arm.name] / _MIB
             lines.append({"crops": row.crops, "text": row.text, **line})
-    texts = dict.fromkeys(row.text for row in rows)
-    series = {
-        f"{arm.name}, {text} text tokens": [
-            line["median ms"] / 1000
-            for line in lines
-            if line["arm"] == arm.name and line["text"] == text
-        ]
-        for arm in arms
-        for text in texts
-    }
     return Report(
         name="scaling",
         title=f"Prefill by crops and text: {shape_of(arms[0])}",
         rows=lines,
         notes=times_note(arms, rows[0])
         + (" Peak above weights, cache included." if memory else ""),
-        plot=Plot(
-            list(dict.fromkeys(row.crops for row in rows)),
-            series,
-            "prefill, seconds",
-            "crops",
-            lines=True,
-        ),
+        plot=_scaling_plot(lines),
+    )
+
+
+def _scaling_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
+    """Times over what varies: crops, else text tokens, else nothing, which gives bars."""
+    sizes = {key: list(dict.fromkeys(line[key] for line in lines)) for key in ("crops", "text")}
+    varied = [key for key, found in sizes.items() if len(found) > 1]
+    over = varied[0] if varied else "arm"
+    series: dict[str, list[float]] = {}
+    for line in lines:
+        name = line["arm"] if varied else "prefill"
+        if len(varied) > 1:
+            name += f", {line['text']} text tokens"
+        series.setdefault(name, []).append(line["median ms"] / 1000)
+    return Plot(
+        x=list(dict.fromkeys(line[over] for line in lines)),
+        series=series,
+        y_label="prefill, seconds",
+        x_label={"crops": "crops", "text": "text tokens", "arm": ""}[over],
+        lines=bool(varied),
     )
 
 

@@ -52,6 +52,34 @@ class Plot:
         below = [max(0.0, value - low) for value, (low, _) in pairs]
         return [below, [max(0.0, high - value) for value, (_, high) in pairs]]
 
+    @property
+    def lying(self) -> bool:
+        """Whether bars lie: many names side by side could not be read."""
+        return not self.lines and len(self.x) > 6
+
+    def draw_bars(self, axes: Any) -> None:
+        """Draw bars beside each other, or on top of each other, into matplotlib axes."""
+        draw, ends, base = (
+            (axes.barh, "xerr", "left") if self.lying else (axes.bar, "yerr", "bottom")
+        )
+        width = 0.8 if self.stacked else 0.8 / len(self.series)
+        floor = [0.0] * len(self.x)
+        for number, (name, values) in enumerate(self.series.items()):
+            shift = 0.0 if self.stacked else (number - (len(self.series) - 1) / 2) * width
+            places = [place + shift for place in range(len(self.x))]
+            more = {ends: self.error_bars(name), base: floor}
+            draw(places, values, width, label=name, capsize=3, **more)
+            if self.stacked:
+                floor = [low + value for low, value in zip(floor, values, strict=True)]
+        names = [str(x) for x in self.x]
+        if self.lying:
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()  # the first one on top
+            axes.set(xlabel=self.y_label, ylabel=self.x_label)
+        else:
+            axes.set_xticks(range(len(names)), names)
+            axes.set(xlabel=self.x_label, ylabel=self.y_label)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -144,31 +172,22 @@ class Report:
         from matplotlib.figure import Figure
 
         plot = self.plot
-        figure = Figure(figsize=(max(6.0, 0.7 * len(plot.x) + 3), 4), layout="constrained")
+        across = 0.7 * len(plot.x) + 3
+        figure = Figure(figsize=(9, 0.4 * across) if plot.lying else (max(6.0, across), 4))
+        figure.set_layout_engine("constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        width = 0.8 if plot.stacked else 0.8 / len(plot.series)
-        floor = [0.0] * len(plot.x)
-        for number, (name, values) in enumerate(plot.series.items()):
-            if plot.lines:
+        if plot.lines:
+            for name, values in plot.series.items():
                 bars = plot.error_bars(name)
                 axes.errorbar(plot.x, values, yerr=bars, marker="o", capsize=3, label=name)
-            elif plot.stacked:
-                axes.bar(range(len(plot.x)), values, width, bottom=floor, label=name)
-                floor = [low + value for low, value in zip(floor, values, strict=True)]
-            else:
-                shift = (number - (len(plot.series) - 1) / 2) * width
-                places = [place + shift for place in range(len(plot.x))]
-                axes.bar(places, values, width, yerr=plot.error_bars(name), capsize=3, label=name)
-        if plot.lines:
             axes.set_xticks(plot.x)
+            axes.set(xlabel=plot.x_label, ylabel=plot.y_label, ylim=(0, None))
         else:
-            axes.set_xticks(range(len(plot.x)), [str(x) for x in plot.x])
-            axes.tick_params(axis="x", labelrotation=30 if len(plot.x) > 4 else 0)
-        axes.set_ylim(bottom=0)
+            plot.draw_bars(axes)
         title = textwrap.fill(self.title, int(12 * figure.get_figwidth()))
-        axes.set(title=title, ylabel=plot.y_label, xlabel=plot.x_label)
-        axes.legend(fontsize="small")
+        figure.suptitle(title, fontsize="large")
+        figure.legend(fontsize="small", loc="outside right center")
         figure.savefig(file, dpi=120)
 
 

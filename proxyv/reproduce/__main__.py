@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not jobs:
         raise CommandError(f"--tiers {args.tiers}: no arm; there are tiers {_tiers()}")
     runs, results = args.runs / plan.name, args.results / plan.name
+    states = job_states(plan, jobs, results, runs)  # refuses what was made with another preset
     if args.command == "status":
-        states = job_states(jobs, results, runs)
         if args.json:
             print(json.dumps([state.as_dict() for state in states], indent=1))
         else:
@@ -97,14 +97,13 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     from proxyv.train.signals import Interrupted
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    progress = Progress(jobs, results, console.print)
+    progress = Progress(plan, jobs, results, console.print)
     began = now()
     with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it
         world = make_world(plan, runs)
 
     def work(job: Job) -> None:
-        path = result_file(results, job)
-        found = read_result(path)
+        found = read_result(plan, job, results)
         if found is not None and (found.done or found.content["date"] >= began):
             progress.skip(job, found.content["status"])
             return
@@ -115,7 +114,7 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
             raise
         except Exception as error:  # whatever an arm fails of, the others are worth running
             content = failure(plan, job, error)
-        write_result(path, content)
+        write_result(result_file(results, job), content)
         progress.end(job, content)
 
     left, patience = list(jobs), 0.0
@@ -142,9 +141,7 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
                 run_curve(plan, runs, results, console.print)
         except Busy:
             console.print("left to another run: the redundancy curve")
-    failed = [
-        job.name for job in jobs if (r := read_result(result_file(results, job))) and not r.done
-    ]
+    failed = [job.name for job in jobs if (r := read_result(plan, job, results)) and not r.done]
     if failed:
         console.print(f"error: {len(failed)} arms {FAILED}: {', '.join(failed)}")
     return 1 if failed else 0

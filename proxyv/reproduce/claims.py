@@ -11,8 +11,8 @@ bootstrap over the questions) a claim
 The line between the sides is 0, or `MARGIN` points below it for "loses nothing". The interval
 covers the choice of questions; of the choice of seeds no more is asked than that they agree.
 
-Where the baseline keeps more than `BLIND_SHARE` of a score with the images of other questions, no
-claim about that score can be told: it does not show what a model sees.
+Where the baseline keeps more than `BLIND_SHARE` of a score with the images of other questions, or
+was not asked so, no claim about that score can be told: it may not show what a model sees.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _mean_gap(first: Result, second: Result, task: str) -> float:
     return float(np.mean(np.subtract(first.parts(task), second.parts(task))))  # type: ignore[arg-type]
 
 
-def verdict(rule: str, gap: Gap | str, blind: float | None = None) -> str:
+def verdict(rule: str, gap: Gap | str, blind: float | None) -> str:
     """Whether a claim holds; see the module.
 
     Args:
@@ -190,7 +190,7 @@ def verdict(rule: str, gap: Gap | str, blind: float | None = None) -> str:
         gap: of its arms.
         blind: see `blind_share`, of the claim's score.
     """
-    if isinstance(gap, str) or (blind is not None and blind > BLIND_SHARE):
+    if isinstance(gap, str) or blind is None or blind > BLIND_SHARE:
         return UNKNOWN
     sign = -1 if rule == "worse" else 1
     shift = MARGIN if rule == "not worse" else 0.0

@@ -31,17 +31,20 @@ class Share(NamedTuple):
 def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
     """Score against FLOPs, one mark for each arm; the same points give the same file."""
     figure, axes = _figure()
-    for point in points:
+    named: list[Point] = []
+    for point in sorted(points, key=lambda point: point.flops):
         bars = [[max(0.0, point.score - point.low)], [max(0.0, point.high - point.score)]]
         marker = "*" if point.title.startswith("ProxyV") else "o"
         axes.errorbar([point.flops], [point.score], yerr=bars, marker=marker, capsize=3)
+        beside = any(abs(x.score - point.score) < 3 and point.flops - x.flops < 15 for x in named)
         axes.annotate(
             point.title,
             (point.flops, point.score),
             textcoords="offset points",
-            xytext=(6, 4),
+            xytext=(6, -11 if beside else 4),  # else two names would stand in one line
             fontsize="x-small",
         )
+        named.append(point)
     axes.set(title=title, xlabel="prefill FLOPs, % of the baseline", ylabel="score, %")
     axes.margins(x=0.15)  # for the names beside the points
     axes.grid(alpha=0.3)

@@ -66,6 +66,16 @@ class Arm:
     control: str | None = None
     paper: str | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """What makes its result what it is, besides what all arms have; for its result file."""
+        return {
+            "model": dict(self.model),
+            "finetune": {section: dict(own) for section, own in self.finetune.items()},
+            "pretrained": self.pretrained,
+            "reduction": None if self.reduction is None else dict(self.reduction),
+            "control": self.control,
+        }
+
 
 @dataclass(frozen=True)
 class Job:
@@ -121,7 +131,7 @@ class Plan:
         went_wrong: for the report, what failed on the way and what was done about it.
         settings: training settings of all arms, by section.
         pretrain_settings: those of stage 1 alone.
-        later_seeds: how many of the seeds tiers 2 and 3 take.
+        later_seeds: how many of the seeds tiers 2 and 3, and controls, take.
         batch_size: questions at a time.
         answer_tokens: longest answer of some tasks; the others are as long as published.
         cost: ``crops``, ``text`` and ``repeats`` of the prefill and the step that are timed.
@@ -150,14 +160,23 @@ class Plan:
     curve: str | None = None
 
     def jobs(self) -> list[Job]:
-        """Every arm with every seed: a whole seed of tier 1 first, the later tiers last."""
+        """Every arm with its seeds: a whole seed of tier 1 first, the later tiers last."""
         return [
             Job(arm, seed)
             for tier in TIERS
-            for seed in (self.seeds if tier == 1 else self.seeds[: self.later_seeds])
+            for seed in self.seeds
             for arm in self.arms.values()
-            if arm.tier == tier
+            if arm.tier == tier and seed in self._seeds_of(arm)
         ]
+
+    def _seeds_of(self, arm: Arm) -> Sequence[int]:
+        """All for tier 1, but for a control, which tells of the questions and not of an arm."""
+        few = arm.tier > 1 or arm.control is not None
+        return self.seeds[: self.later_seeds] if few else self.seeds
+
+    def measure(self, task: str) -> str:
+        """The score of a task that counts."""
+        return self.measures.get(task) or BENCHMARKS[task].main_score
 
     def trained(self, job: Job) -> Job:
         """The job whose finished model a job evaluates; itself where it trains."""

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from proxyv.reproduce.plan import STAGES, TIERS, Job, Plan
-from proxyv.reproduce.results import Result, read_result, result_file
+from proxyv.reproduce.results import Result, read_result
 
 __all__ = ["JobState", "Progress", "duration", "job_states", "left_seconds", "state_table"]
 
@@ -27,7 +27,7 @@ class JobState:
         tier: of its arm.
         trains: whether it trains a model of its own.
         state: "done", "failed", "begun" or "not run".
-        seconds: that it took; None where it is not done.
+        seconds: that it took, without sessions that were killed; None where it is not done.
         error: why it failed, empty else.
     """
 
@@ -43,9 +43,13 @@ class JobState:
         return asdict(self)
 
 
-def job_states(jobs: Sequence[Job], results: Path, runs: Path) -> list[JobState]:
-    """The states of some jobs, from result files and folders of runs."""
-    return [_state(job, read_result(result_file(results, job)), runs) for job in jobs]
+def job_states(plan: Plan, jobs: Sequence[Job], results: Path, runs: Path) -> list[JobState]:
+    """The states of some jobs, from result files and folders of runs.
+
+    Raises:
+        CommandError: see `proxyv.reproduce.results.read_result`.
+    """
+    return [_state(job, read_result(plan, job, results), runs) for job in jobs]
 
 
 def _state(job: Job, result: Result | None, runs: Path) -> JobState:
@@ -100,7 +104,7 @@ def state_table(plan: Plan, states: Sequence[JobState]) -> Table:
         box=box.SIMPLE,
         pad_edge=False,
     )
-    for column in ("arm", "tier", "state", "time"):
+    for column in ("arm", "tier", "state", "time, at least"):
         table.add_column(column)
     for state in states:
         took = duration(state.seconds) if state.seconds is not None else ""
@@ -113,13 +117,16 @@ class Progress:
     """Lines about where a run is.
 
     Args:
+        plan: the preset.
         jobs: all of them.
         results: folder of result files.
         say: takes lines for the user.
     """
 
-    def __init__(self, jobs: Sequence[Job], results: Path, say: Callable[[str], None]) -> None:
-        self._jobs, self._results, self._say = list(jobs), results, say
+    def __init__(
+        self, plan: Plan, jobs: Sequence[Job], results: Path, say: Callable[[str], None]
+    ) -> None:
+        self._plan, self._jobs, self._results, self._say = plan, list(jobs), results, say
         self._begun = 0.0
 
     def _line(self, job: Job, text: str) -> None:
@@ -138,6 +145,6 @@ class Progress:
     def end(self, job: Job, content: Mapping[str, Any]) -> None:
         """A job that ended, and how long the rest will take."""
         took = duration(time.monotonic() - self._begun)
-        left = duration(left_seconds(job_states(self._jobs, self._results, Path())))
+        left = duration(left_seconds(job_states(self._plan, self._jobs, self._results, Path())))
         what = content["status"] + (f" ({content['error']})" if "error" in content else "")
         self._line(job, f"{what} after {took}; about {left} left")

@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from proxyv.cli import CommandError
-from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.compare import LOWER_IS_BETTER
 from proxyv.reproduce.claims import (
     BLIND_SHARE,
@@ -48,7 +47,7 @@ def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
         output: the Markdown file; figures go beside it, ``<name>-<preset>-scores.png``.
 
     Raises:
-        CommandError: a result file is damaged, or of another preset.
+        CommandError: a result file is damaged, or was not made as its preset says now.
     """
     sections = [_section(plan, results / plan.name, output) for plan in plans]
     sections.sort(key=lambda section: not section["any"])  # what has been run comes first
@@ -69,18 +68,7 @@ def write_report(plans: Sequence[Plan], results: Path, output: Path) -> None:
 
 def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
     """What the template needs of a preset."""
-    found = read_results(folder)
-    for result in found:
-        if result.content["preset"] != plan.name:
-            raise CommandError(
-                f"{result.path} is of preset {result.content['preset']!r}, not {plan.name!r}"
-            )
-        for task, entry in result.content.get("tasks", {}).items():
-            if task in plan.tasks and entry["measure"] != _measure(plan, task):
-                raise CommandError(
-                    f"{result.path}: {task} was scored by {entry['measure']}, the preset says "
-                    f"{_measure(plan, task)}: undo that change, or run the arm again"
-                )
+    found = read_results(plan, folder)
     table = {(result.arm, result.seed): result for result in found if result.done}
     failed = {(result.arm, result.seed): result for result in found if not result.done}
     jobs = plan.jobs()
@@ -123,17 +111,12 @@ def _by_tier(plan: Plan) -> list[Arm]:
 
 def _tier_one(plan: Plan, table: Table) -> str:
     """How much of tier 1 there is, such as "6 of 18"."""
-    names = [arm.name for arm in plan.arms.values() if arm.tier == 1]
-    done = sum((name, seed) in table for name in names for seed in plan.seeds)
-    return f"{done} of {len(names) * len(plan.seeds)}"
-
-
-def _measure(plan: Plan, task: str) -> str:
-    return plan.measures.get(task) or BENCHMARKS[task].main_score
+    jobs = [job for job in plan.jobs() if job.arm.tier == 1]
+    return f"{sum((job.arm.name, job.seed) in table for job in jobs)} of {len(jobs)}"
 
 
 def _measure_text(plan: Plan, task: str) -> str:
-    name = _measure(plan, task)
+    name = plan.measure(task)
     return f"1 - {name}" if name in LOWER_IS_BETTER else name
 
 
@@ -173,7 +156,7 @@ def _seed_gaps(gap: Gap) -> str:
     return ", ".join(f"{seed}: {value:+.2f}" for seed, value in gap.seeds.items())
 
 
-def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
+def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, Any] | None:
     """A row of the main table; None for an arm without a result."""
     results = _of(plan, table, arm.name)
     if not results:
@@ -185,6 +168,7 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
     paper = ROWS.get(arm.paper) if arm.paper else None
     return {
         "title": arm.title,
+        "is_control": arm.control is not None,
         "tier": TIERS[arm.tier],
         "seeds": str(len(results)),
         "score": f"{value:.2f} ({low:.2f} to {high:.2f})",
@@ -297,6 +281,13 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
         (output.parent / name).unlink(missing_ok=True)
         return None
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    base = table.get(("baseline", plan.seeds[0]))
+    if base is not None and found["weights"] != base.content["weights"]:
+        raise CommandError(
+            f"{path} is of a model with weights {found['weights']}, and {base.path.name} says "
+            f"{base.content['weights']}: move it and the folder redundancy of the runs away, and "
+            "run the baseline's arm again, which draws it"
+        )
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     depth = max((round(row["layers"] / row["ratio"]) for row in rows if row["ratio"]), default=0)
     trained = _by_start(plan, table, depth)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS, Record
 from proxyv.eval.compare import LOWER_IS_BETTER
 from proxyv.eval.records import write_json
-from proxyv.reproduce.plan import Job
+from proxyv.reproduce.plan import STAGES, Job, Plan
+from proxyv.train.config_files import settings_of
+from proxyv.train.run import identity
 
 __all__ = [
     "CURVE",
@@ -38,7 +40,16 @@ DONE, FAILED = "done", "failed"
 CURVE = "redundancy.json"
 """The redundancy curve of a preset's baseline, as ``python -m proxyv.study`` writes it."""
 KEYS = ("preset", "arm", "seed", "status", "commit")
-DONE_KEYS = ("tasks", "settings", "versions", "hardware", "training", "cost", "seconds")
+DONE_KEYS = (
+    "tasks",
+    "settings",
+    "weights",
+    "versions",
+    "hardware",
+    "training",
+    "cost",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -132,14 +143,43 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, dict(content))
 
 
-def read_result(path: Path) -> Result | None:
-    """Read a result file; None where there is none.
+def read_result(plan: Plan, job: Job, folder: Path) -> Result | None:
+    """Read the result file of a job; None where there is none.
+
+    Args:
+        plan: the preset.
+        job: an arm and its seed.
+        folder: with the result files of the preset.
 
     Raises:
-        CommandError: it is damaged, or no result file.
+        CommandError: it is damaged, no result file, or was not made as the preset says now.
     """
-    if not path.is_file():
-        return None
+    path = result_file(folder, job)
+    return _read(plan, path) if path.is_file() else None
+
+
+def read_results(plan: Plan, folder: Path) -> list[Result]:
+    """Read all result files of a preset, in the order of their names.
+
+    Raises:
+        CommandError: see `read_result`; or an arm evaluated another model than the one whose own
+            result is here.
+    """
+    found = [_read(plan, path) for path in sorted(folder.glob("*-seed*.json"))]
+    table = {(result.arm, result.seed): result for result in found if result.done}
+    for (arm, seed), result in table.items():
+        source = table.get((plan.arms[arm].checkpoint or arm, seed), result)
+        mine, theirs = (each.content["weights"] for each in (result, source))
+        if mine != theirs:
+            raise CommandError(
+                f"{result.path} is of a model with weights {mine}, and {source.path.name} says "
+                f"{theirs}: one of them was trained again; move {result.path.name} and its folder "
+                "of runs away and run that arm again"
+            )
+    return found
+
+
+def _read(plan: Plan, path: Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -150,10 +190,45 @@ def read_result(path: Path) -> Result | None:
     missing = [key for key in needed if key not in content]
     if missing:
         raise CommandError(f"{path} is no result file: it has no {', '.join(missing)}")
-    return Result(path, content)
+    result = Result(path, content)
+    for what, found, wanted in _differences(plan, result):
+        raise CommandError(
+            f"{path}: {what} is {found!r} there, and {wanted!r} in the preset {plan.name}: undo "
+            "that change, or move the file and its folder of runs away to run the arm again"
+        )
+    return result
 
 
-def read_results(folder: Path) -> list[Result]:
-    """Read all result files of a preset, in the order of their names."""
-    found = (read_result(path) for path in sorted(folder.glob("*-seed*.json")))
-    return [result for result in found if result is not None]
+def _differences(plan: Plan, result: Result) -> Iterator[tuple[str, Any, Any]]:
+    """What a result was made with, where the preset says otherwise now: name, there, wanted."""
+    content = result.content
+    if content["preset"] != plan.name:
+        yield "preset", content["preset"], plan.name
+    if result.arm not in plan.arms:
+        yield "arm", result.arm, f"one of {', '.join(plan.arms)}"
+    if not result.done:
+        return
+    settings, job = content["settings"], Job(plan.arms[result.arm], result.seed)
+    answers = {"answer_tokens": dict(plan.answer_tokens)}
+    for name, found, wanted in (
+        ("arm", settings["arm"], job.arm.settings()),
+        ("world", settings["world"], dict(plan.world)),
+        ("evaluation", settings["evaluation"], answers),
+    ):
+        for key, value in wanted.items():
+            if found.get(key) != value:  # a file from before a key came has none: it was None
+                yield f"{name}.{key}", found.get(key), value
+    for stage in STAGES:
+        trained = settings_of(settings[stage], str(result.path))
+        runs = Path(str(trained.run.output_dir)).parents[1]
+        asked = plan.stage(plan.trainer(plan.trained(job), stage), stage, runs)
+        found, wanted = identity(trained, 1), identity(asked, 1)
+        for key, value in wanted.items():
+            if value not in (found[key], "auto"):  # what the machine decided is in the file
+                yield f"{stage}: {key}", found[key], value
+    for task, entry in content["tasks"].items():
+        if task in plan.tasks:
+            if entry["measure"] != plan.measure(task):
+                yield f"the measure of {task}", entry["measure"], plan.measure(task)
+            if entry["samples"] > plan.tasks[task]:
+                yield f"the number of questions of {task}", entry["samples"], plan.tasks[task]

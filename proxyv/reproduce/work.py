@@ -11,8 +11,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ __all__ = ["BriefAnswerer", "failure", "make_world", "now", "run_curve", "run_jo
 
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
+
+CLOCK = "sessions.json"
+"""Sessions that worked in a folder: their commits and seconds, None of one that was killed."""
 
 LONG_ANSWER, LONG_ANSWER_BATCH = 128, 16
 
@@ -153,13 +156,7 @@ def run_job(
             **{name: summary for name, (summary, _) in trained.items()},
         },
         "settings": {
-            "arm": {
-                "model": dict(job.arm.model),
-                "finetune": dict(job.arm.finetune),
-                "pretrained": job.arm.pretrained,
-                "reduction": fields.get("reduction"),
-                "control": job.arm.control,
-            },
+            "arm": job.arm.settings(),
             **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
             "evaluation": answerer.describe()
             | {"batch_size": plan.batch_size, "answer_tokens": dict(plan.answer_tokens)},
@@ -205,7 +202,8 @@ def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None])
     }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     study(["redundancy", *words])
-    write_json(target, json.loads((output / "redundancy.json").read_text(encoding="utf-8")))
+    found = json.loads((output / "redundancy.json").read_text(encoding="utf-8"))
+    write_json(target, {**found, "weights": fingerprint(model)})
 
 
 def _as_dict(settings: Settings) -> dict[str, Any]:
@@ -224,18 +222,13 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     """
     settings = resolve(plan.stage(job, stage, runs))
     folder = Path(str(settings.run.output_dir))
-    clock = folder / "sessions.json"
+    clock = folder / CLOCK
     if not (folder / FINISHED).is_file():
-        started, earlier = time.monotonic(), _sessions(clock)
-        session: dict[str, Any] = {"commit": git_commit(), "seconds": None}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(clock, [*earlier, session])  # so that a session that is killed is known too
         prepare_rank(settings)
         try:
-            train(settings)
+            with _session(clock):
+                train(settings)
         finally:
-            session["seconds"] = round(time.monotonic() - started, 1)
-            write_json(clock, [*earlier, session])
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -250,7 +243,7 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     sessions = _sessions(clock)
     return {
         **summary,
-        "seconds": round(sum(session["seconds"] or 0.0 for session in sessions), 1),
+        "seconds": _seconds(clock),
         "sessions": len(sessions),
         "commits": list(dict.fromkeys(session["commit"] for session in sessions)),
     }, settings
@@ -258,6 +251,25 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _seconds(path: Path) -> float:
+    """Of all sessions that were not killed."""
+    return round(sum(session["seconds"] or 0.0 for session in _sessions(path)), 1)
+
+
+@contextmanager
+def _session(clock: Path) -> Iterator[None]:
+    """Add what is done here to a file of sessions, which a session that is killed is in too."""
+    started, earlier = time.monotonic(), _sessions(clock)
+    session: dict[str, Any] = {"commit": git_commit(), "seconds": None}
+    clock.parent.mkdir(parents=True, exist_ok=True)
+    write_json(clock, [*earlier, session])
+    try:
+        yield
+    finally:
+        session["seconds"] = round(time.monotonic() - started, 1)
+        write_json(clock, [*earlier, session])
 
 
 def evaluate(
@@ -279,7 +291,10 @@ def evaluate(
         rows, folder = load_rows(BENCHMARKS[task], world), output / task
         options = RunOptions(plan.batch_size, limit, arm.control)
         answerer.most_tokens = plan.answer_tokens.get(task)
-        results = score_tasks(str(model), answerer, {task: rows}, options, folder, say, data=world)
+        with _session(folder / CLOCK):
+            results = score_tasks(
+                str(model), answerer, {task: rows}, options, folder, say, data=world
+            )
         entry = results["tasks"][task]
         if entry["failed"]:
             raise ValueError(
@@ -288,6 +303,6 @@ def evaluate(
             )
         tasks[task] = {
             **task_entry(task, load_run(folder).records[task], plan.measures.get(task)),
-            "seconds": entry["seconds"],
+            "seconds": _seconds(folder / CLOCK),
         }
     return tasks

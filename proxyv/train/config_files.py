@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ __all__ = [
     "load_settings",
     "preset_file",
     "read_chain",
+    "settings_of",
     "settings_yaml",
     "write_atomically",
 ]
@@ -60,8 +61,25 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         FileNotFoundError: the file, or one that it builds on, does not exist.
         ValueError: an unknown key, a value of the wrong type, or values that contradict.
     """
+    return _merged([*read_chain(Path(path)), *map(_override, overrides)])
+
+
+def settings_of(content: Mapping[str, Any], source: str) -> Settings:
+    """Settings from their sections as a mapping, such as a JSON file holds them.
+
+    Args:
+        content: values by section and name; the others have their defaults.
+        source: what an error names.
+
+    Raises:
+        ValueError: see `load_settings`.
+    """
+    return _merged([(source, dict(content))])
+
+
+def _merged(parts: Iterable[tuple[str, dict[str, Any]]]) -> Settings:
     merged = OmegaConf.structured(Settings)
-    for source, content in [*read_chain(Path(path)), *map(_override, overrides)]:
+    for source, content in parts:
         _check_keys(source, content)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(content))
