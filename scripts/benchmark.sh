@@ -20,6 +20,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
+show_help "$@"
 ensure_env profiling
 
 export OMP_NUM_THREADS=${THREADS:-${OMP_NUM_THREADS:-2}}
@@ -124,7 +125,7 @@ part() {
         STARTS=$start cpu reduction-memory memory "${rows[@]}" "${methods[@]}" --operations prefill
         ;;
     gpu) gpu_tables ;;
-    *) fail "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown, levers, loss, checkpointing, text, scaling or reduction" ;;
+    *) mistake "unknown part '$1': quick, large, rest, gpu, prefill, training, decode, memory, flops, answer, breakdown, levers, loss, checkpointing, text, scaling or reduction" ;;
     esac
 }
 

@@ -3,8 +3,9 @@
 #   . scripts/env.sh; ensure_env train eval
 #
 # An active virtual or conda environment is used; otherwise .venv is made in the repository.
-# PROXYV_ENV=as-is takes the python on the path and installs nothing, for machines without a network. torch is pinned: on a machine without an NVIDIA GPU the CPU build is taken, so that
-# no CUDA packages arrive. A stamp for each extra in the environment makes the second call cost nothing.
+# PROXYV_ENV=as-is takes the python on the path and installs nothing, for machines without a network.
+# torch is pinned: on a machine without an NVIDIA GPU the CPU build is taken, so that no CUDA packages
+# arrive. A stamp for each extra in the environment makes the second call cost nothing.
 
 proxyv_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 proxyv_torch=2.13.0
@@ -12,6 +13,14 @@ proxyv_torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+mistake() { printf 'error: %s\n' "$*" >&2; exit 2; } # of who typed the command
+
+# show_help "$@": where -h or --help is among the arguments, the comment that the script begins with.
+show_help() {
+    case " $* " in *" -h "* | *" --help "*) ;; *) return 0 ;; esac
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$proxyv_root/scripts/$(basename "$0")"
+    exit 0
+}
 
 # Number of NVIDIA GPUs that this machine shows.
 count_gpus() {

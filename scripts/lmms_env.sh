@@ -8,6 +8,8 @@
 # transformers and datasets stay those of the active environment; only what is missing is added.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/env.sh
+show_help "$@"
 folder=${1:-.venv-lmms}
 base=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 python -c 'import torch, transformers, datasets, accelerate' ||

@@ -9,14 +9,14 @@
 # ProxyV in runs/quickstart-baseline (RUNS changes the place, WORLD that of the pages).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/env.sh
+show_help "$@"
 for word in "$@"; do
     case $word in
-        -h | --help) sed -n '2,/^set/{/^#/p;}' scripts/quickstart.sh && exit ;;
         [a-z]*.[a-z]*=*) ;;
-        *) echo "error: '$word' is no override; write section.name=value, as in model.start_layer=null" >&2 && exit 2 ;;
+        *) mistake "'$word' is no override; write section.name=value, as in model.start_layer=null" ;;
     esac
 done
-. scripts/env.sh
 ensure_env train eval synthetic
 
 case " $* " in

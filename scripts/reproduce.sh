@@ -11,11 +11,11 @@
 #                                                  beside each other share the arms
 #
 # Result files: docs/results/reproduction/PRESET; report: docs/results/reproduction.md.
-# The exit code is that of the run: 1 where an arm failed, 143 where SIGTERM made it stop.
+# The exit code is that of the run: 1 where an arm failed, 2 for a mistake, 143 where SIGTERM made it stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/{/^#/p;}' scripts/reproduce.sh && exit ;; esac
 . scripts/env.sh
+show_help "$@"
 ensure_env train eval synthetic profiling
 
 preset=tiny
@@ -28,5 +28,6 @@ case "${1:-}" in
 esac
 code=0
 python -m proxyv.reproduce run --preset "$preset" "$@" || code=$?
+[ "$code" -ne 2 ] || exit 2 # a mistake: nothing was run
 python -m proxyv.reproduce report
 exit $code

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
+show_help "$@"
 ensure_env train synthetic
 
 say "language model: answers about pages given as characters"

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
+show_help "$@"
 ensure_env dev
 
 say "ruff"

@@ -15,7 +15,7 @@ from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, verdict
-from proxyv.reproduce.plan import STAGES, Claim, Job, Plan, find_plan
+from proxyv.reproduce.plan import ROOT, STAGES, Claim, Job, Plan, find_plan
 from proxyv.reproduce.results import (
     CURVE,
     Result,
@@ -435,6 +435,17 @@ def test_a_curve_of_another_baseline_is_refused(
     words = ["report", "--presets", "tiny", "--results", str(tmp_path)]
     assert run_command(main, [*words, "--output", str(tmp_path / "report.md")]) == 2
     assert "is of a model with weights others" in capsys.readouterr().err
+
+
+def test_another_folder_than_the_repository_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would find no result, and say that nothing was run."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("status", "run", "report"):
+        assert run_command(main, [command]) == 2
+        assert f"cd {ROOT} first" in capsys.readouterr().err
+    assert run_command(main, ["status", "--results", str(tmp_path)]) == 0
 
 
 def test_damaged_and_foreign_files_are_refused(

@@ -131,9 +131,8 @@ class Report:
         columns = list(self.rows[0])
         for column in columns:
             text = isinstance(self.rows[0][column], str)
-            table.add_column(
-                column, justify="left" if text else "right", no_wrap=text, overflow="fold"
-            )
+            side = "left" if text else "right"  # names may take two lines, numbers not
+            table.add_column(column, justify=side, no_wrap=not text, overflow="fold")
         for row in self.rows:
             table.add_row(*[_cell(row[column]) for column in columns])
         console = table_console()

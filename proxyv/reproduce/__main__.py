@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from proxyv.cli import CommandError, run_command, table_console
-from proxyv.reproduce.plan import TIERS, Job, Plan, choose, find_plan, presets
+from proxyv.reproduce.plan import ROOT, TIERS, Job, Plan, choose, find_plan, presets
 from proxyv.reproduce.progress import Progress, job_states, state_table
 
 __all__ = ["main"]
@@ -63,6 +63,11 @@ def _tiers() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 where an arm failed, 128 + signal where one was told to stop."""
     args = build_parser().parse_args(argv)
+    if not args.results.is_absolute() and Path.cwd().resolve() != ROOT:
+        raise CommandError(
+            f"--results {args.results} is a folder of the repository, as the presets' files are: "
+            f"cd {ROOT} first"
+        )
     if args.command == "report":
         from proxyv.reproduce.report import write_report
 

@@ -18,6 +18,7 @@ from proxyv.train.config_files import load_settings, read_chain
 from proxyv.train.settings import Settings
 
 __all__ = [
+    "ROOT",
     "RULES",
     "STAGES",
     "TIERS",

@@ -34,6 +34,7 @@ def dry_run(settings: Settings, ranks: int) -> str:
         "",
         f"folder: {output_folder(settings)}",
         *parts_table(parts, settings),
+        f"ranks: {ranks}, of this machine or given (NPROC=8 before the script: as on eight GPUs)",
         f"effective batch: {ranks} ranks x {settings.optim.micro_batch} rows x {accumulation} "
         f"accumulated = {settings.optim.global_batch}",
         f"data: {_length(settings, ranks)}",
