@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -189,8 +190,58 @@ def test_test_splits_write_the_file_for_the_server(tmp_path: Path, name: str) ->
         {"questionId": 65001, "answer": ""},
         {"questionId": 65002, "answer": "2"},
     ]
-    assert "only the test server can score it" in lines[-1]
+    assert lines[-1].endswith(
+        "is not for upload: 1 questions could not be asked and have no answer"
+    )
     assert {record["score"] for record in read_records(tmp_path / f"{name}.jsonl")} == {None}
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, None),
+        ({"limit": 3}, None),
+        ({"limit": 2}, "--limit took the first 2 questions"),
+        ({"control": "blank-images"}, "the images were changed by --control blank-images"),
+    ],
+)
+def test_only_a_whole_submission_is_offered_for_upload(
+    tmp_path: Path, options: dict[str, Any], fault: str | None
+) -> None:
+    rows = Rows([document_row(index) for index in range(3)], "memory")
+    *_, lines, result = run("docvqa_test", rows, tmp_path, lambda _: "x", **options)
+    results = {"model": "m", "tasks": {"docvqa_test": result}, "settings": options}
+    write_json(tmp_path / "results.json", results)
+    again: list[str] = []
+    if options == {"limit": 3}:  # whether there are more rows is not known without the data
+        fault, lines = "--limit took the first 3 questions", []
+    rescore(tmp_path, again.append)
+    for line in [*lines[-1:], *again]:
+        assert line.startswith("docvqa_test: ")
+        assert ("upload /" in line) == (fault is None)
+        assert (f"is not for upload: {fault}" in line) == (fault is not None)
+    assert len(again) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [(7, 7), (7.0, 7), ("7", 7), ("q-17", None), (7.5, None), (float("nan"), None), (True, None)],
+)
+def test_ids_that_the_test_server_cannot_take_are_found_before_anything_is_asked(
+    tmp_path: Path, number: Any, written: int | None
+) -> None:
+    rows = [{**document_row(index), "image": "x.png"} for index in range(2)]
+    rows[1]["questionId"] = number
+    (tmp_path / "docvqa").mkdir()
+    (tmp_path / "docvqa/x.png").write_bytes(png())
+    (tmp_path / "docvqa/test.json").write_text(json.dumps(rows), encoding="utf-8")
+    if written is None:
+        with pytest.raises(CommandError, match=r"row 1 of .*test\.json has 'questionId' '"):
+            load_rows(BENCHMARKS["docvqa_test"], tmp_path)
+        return
+    run("docvqa_test", load_rows(BENCHMARKS["docvqa_test"], tmp_path), tmp_path, lambda _: "x")
+    told = json.loads((tmp_path / "docvqa_test_for_submission.json").read_text("utf-8"))
+    assert [entry["questionId"] for entry in told] == [65000, written]
 
 
 def test_a_test_split_is_found_beside_the_validation_split(tmp_path: Path) -> None:
@@ -342,6 +393,26 @@ def test_mmbench_prompt_has_an_empty_line_before_the_instruction() -> None:
     assert sample.details["options"] == {"A": "cat", "B": "dog", "C": "nan"}
 
 
+def test_mmbench_takes_numbers_as_tables_with_gaps_store_them(tmp_path: Path) -> None:
+    rows = [choice_row(1), choice_row(1, 1), choice_row(2)]
+    changed = [{**row, "index": float(row["index"])} for row in rows]
+    changed[2]["index"] = 2.5
+    values, _, _, result = run("mmbench", Rows(changed, "memory"), tmp_path, lambda _: "a dog")
+    assert values["circular_accuracy"] == 50.0 and result["failed"] == 1
+    numbers = [record["question_id"] for record in read_records(tmp_path / "mmbench.jsonl")]
+    assert numbers == ["1", "1000001", "2.5"]
+    assert "'index' holds '2.5'" in result["errors"][0]
+
+
+def test_mmbench_options_end_without_empty_lines() -> None:
+    row = choice_row(1, D="fish\n\n")
+    assert f"\nC. bird\nD. fish\n\n{LETTER}" in prompt_of("mmbench", row)
+    row = choice_row(1, B="dog\n")  # only the last one's are cut
+    assert "\nB. dog\n\nC. bird\n" in prompt_of("mmbench", row)
+    row = choice_row(1, A="", B=None, C="nan", D="")
+    assert prompt_of("mmbench", row).endswith(f"There are several options:\n\n{LETTER}")
+
+
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path: Path) -> None:
     rows = [choice_row(1), choice_row(2), choice_row(1, 1), choice_row(2, 1), choice_row(3)]
     save_parquet(tmp_path / "mmbench/dev-00000-of-00001.parquet", rows)
@@ -452,6 +523,23 @@ def test_gqa_image_list_has_paths_relative_to_its_own_folder(tmp_path: Path) -> 
     assert run("gqa", rows, tmp_path, lambda _: "no")[0] == {"exact_match": 1.0}
 
 
+def test_gqa_rows_without_the_name_of_an_image_fail_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "gqa/testdev_balanced_images"
+    folder.mkdir(parents=True)
+    rows = gqa_rows()
+    del rows[1]["imageId"]
+    rows[2]["imageId"] = None
+    (tmp_path / "gqa/testdev.json").write_text(json.dumps(rows), encoding="utf-8")
+    images = [{"id": "n0", "image": "a.png"}, {"image": "a.png"}, {"id": "n1"}]
+    (folder / "testdev.json").write_text(json.dumps(images), encoding="utf-8")
+    (folder / "a.png").write_bytes(png())
+    values, _, _, result = run(
+        "gqa", load_rows(BENCHMARKS["gqa"], tmp_path), tmp_path, lambda _: "no"
+    )
+    assert values == {"exact_match": 0.25}
+    assert result["errors"] == [f"2013{row}: row {row} has no image" for row in (1, 2, 3)]
+
+
 def test_gqa_loads_two_tables_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
     from datasets import Image as ImageFeature
@@ -528,6 +616,28 @@ def test_refcoco_bad_rows_fail_alone(tmp_path: Path) -> None:
     assert "four numbers" in result["errors"][1]
 
 
+@pytest.mark.parametrize(
+    "box",
+    [
+        [0, 0, None, 2],
+        [0, 0, float("nan"), 2],
+        [0, 0, 1e60, 2],
+        [0, 0, float("inf"), 2],
+        [0, 0, "wide", 2],
+        [0, 0, [1], 2],
+        {"x": 0},
+        "0123",
+        None,
+    ],
+)
+def test_refcoco_boxes_that_are_none_fail_alone(tmp_path: Path, box: Any) -> None:
+    rows = [{**box_row(0, []), "answer": "man"}, {**box_row(1, []), "answer": "dog", "bbox": box}]
+    answer = lambda _: "[0.25, 0.25, 0.75, 0.75]"  # noqa: E731
+    values, _, _, result = run("refcoco_testA", Rows(rows, "memory"), tmp_path, answer)
+    assert values["refcoco_ACC@0.5"] == 0.5 and result["failed"] == 1
+    assert result["errors"][0].startswith("1: column 'bbox' holds ")
+
+
 # ---- pages
 
 
@@ -569,6 +679,57 @@ def test_ccpdf_reads_whole_pages(tmp_path: Path) -> None:
     assert result["failed"] == 1 and "4.png cannot be read" in result["errors"][0]
 
 
+@pytest.mark.parametrize(
+    ("conversation", "problem"),
+    [
+        ("Recognize text", "'conversations' holds no list"),
+        (["Recognize text", "one two"], "'conversations' holds a list of other things"),
+        ({"role": ["user", "assistant"], "content": ["a", "b"]}, "'conversations' holds no list"),
+        (7, "'conversations' holds no list"),
+        ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "no message of the"),
+        ([], "no message of the user"),
+    ],
+)
+def test_ccpdf_pages_without_messages_fail_alone(
+    tmp_path: Path, conversation: Any, problem: str
+) -> None:
+    rows = [page_row(index, "Recognize text in the image.", "a b c d e") for index in range(3)]
+    for row in rows:
+        row["image"] = ["a.png"]
+        row["conversations"] = row.pop("messages")
+    rows[1]["conversations"] = conversation
+    rows[2] = {**rows[1], "dataset_name": "DUE"}  # which is another data set's affair
+    (tmp_path / "ccpdf").mkdir()
+    (tmp_path / "ccpdf/a.png").write_bytes(png())
+    (tmp_path / "ccpdf/val.json").write_text(json.dumps(rows), encoding="utf-8")
+    table = load_rows(BENCHMARKS["ccpdf"], tmp_path)
+    values, _, _, result = run("ccpdf", table, tmp_path, lambda _: "a b c d e")
+    assert values["doc_bleu"] == 0.5
+    assert len(result["errors"]) == 1 and problem in result["errors"][0]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_ccpdf_finds_its_pages_by_their_paths_in_every_form(tmp_path: Path, listed: bool) -> None:
+    from datasets import Dataset
+
+    rows = [page_row(0, "Read.", "a b c d"), page_row(1, "Read.", "a b c d", origin="DUE")]
+    for row in rows:
+        row["dataset_name"] = "pages"
+        row["image"] = row["image"] if listed else row["image"][0]
+    for form in ("json", "parquet", "saved"):
+        pages = tmp_path / form / "ccpdf/val_imgs/CCpdf/pages"
+        pages.mkdir(parents=True)
+        (pages / "0.png").write_bytes(png())
+    (tmp_path / "json/ccpdf/val.json").write_text(json.dumps(rows), encoding="utf-8")
+    save_parquet(tmp_path / "parquet/ccpdf/val.parquet", rows, images=False)
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved/ccpdf"))
+    for form in ("json", "parquet", "saved"):
+        table = load_rows(BENCHMARKS["ccpdf"], tmp_path / form)
+        assert len(table) == 1
+        values, _, _, result = run("ccpdf", table, tmp_path / form, lambda _: "a b c d")
+        assert values["doc_bleu"] == 1 and result["failed"] == 0
+
+
 def test_ccpdf_takes_the_other_schema_and_is_not_on_the_hub(tmp_path: Path) -> None:
     row = page_row(0, "Recognize text in the image.", "one two three four")
     row["conversations"] = row.pop("messages")
@@ -582,6 +743,69 @@ def test_ccpdf_takes_the_other_schema_and_is_not_on_the_hub(tmp_path: Path) -> N
         load_rows(BENCHMARKS["ccpdf"], tmp_path / "b")
     with pytest.raises(CommandError, match=r"no table of it on the hub; give --data DIR .*ccpdf"):
         load_rows(BENCHMARKS["ccpdf"])
+
+
+# ---- damaged rows of any benchmark
+
+
+ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "docvqa": lambda: [{**document_row(index), "docId": index} for index in range(3)],
+    "infovqa": lambda: [document_row(index) for index in range(3)],
+    "chartqa": lambda: [
+        {"type": "human_test", "question": f"How much {index}?", "answer": "4"}
+        for index in range(3)
+    ],
+    "textvqa": lambda: [text_row(["nokia"] * 10) for _ in range(3)],
+    "ocrbench": lambda: [reading_row(index, CATEGORIES[index]) for index in range(3)],
+    "mme": lambda: mme_rows(),
+    "mmbench": lambda: [choice_row(index) for index in range(3)],
+    "seedbench": lambda: [seed_row(index) for index in range(3)],
+    "gqa": lambda: gqa_rows(),
+    "refcoco_testA": lambda: [box_row(index, ["man", "guy"]) for index in range(3)],
+    "ccpdf": lambda: [page_row(index, "Read.", "one two three four") for index in range(3)],
+}
+CELLS = [None, "", "text", 7, 1.5, True, [], [None], ["a"], [[1]], {}, {"a": None}, [{}], "absent"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_cell_of_a_row_ends_a_run(tmp_path: Path, name: str) -> None:
+    """Whatever stands in a cell, the rows without it are asked."""
+    task = BENCHMARKS[name]
+    folder = tmp_path / (task.folder or name)
+    folder.mkdir()
+    (folder / "x.png").write_bytes(png())
+    sound = [{**row, "image": "x.png"} for row in ROWS[name]()]
+    damaged = []
+    for number, (column, cell) in enumerate(itertools.product(sound[0], CELLS)):
+        row, partner = dict(sound[0]), dict(sound[0])
+        if name == "mme":
+            if column in ("question_id", "category"):
+                continue  # what makes two rows a pair, see the next test
+            row["question_id"] = partner["question_id"] = f"{number}.jpg"
+            damaged.append(partner)
+        row[column] = cell
+        if cell == "absent":
+            del row[column]
+        damaged.append(row)
+    (folder / f"{task.split}.json").write_text(json.dumps(sound + damaged), encoding="utf-8")
+    run(name, load_rows(task, tmp_path), tmp_path / "out", lambda _: "B")
+    asked = sum(len(task.questions(row)) for row in sound)
+    records = read_records(tmp_path / f"out/{name}.jsonl")
+    assert [record["error"] for record in records[:asked]] == [None] * asked
+    assert any(record["error"] is not None for record in records[asked:])
+
+
+@pytest.mark.parametrize("column", ["question_id", "category"])
+def test_mme_rows_without_a_partner_are_named_whatever_stands_there(
+    tmp_path: Path, column: str
+) -> None:
+    for cell in CELLS:
+        rows = [{**row, "image": "x.png"} for row in mme_rows()]
+        rows[1][column] = cell
+        (tmp_path / "mme").mkdir(exist_ok=True)
+        (tmp_path / "mme/test.json").write_text(json.dumps(rows), encoding="utf-8")
+        with pytest.raises(CommandError, match=r"row 1 of .* has no 'question_id'|holds 1 rows of"):
+            run("mme", load_rows(BENCHMARKS["mme"], tmp_path), tmp_path, lambda _: "Yes")
 
 
 # ---- scores of whole runs

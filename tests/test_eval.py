@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,13 @@ from proxyv.cli import CommandError, run_command
 from proxyv.data.images import image_of_bytes
 from proxyv.eval import provenance
 from proxyv.eval.__main__ import main
-from proxyv.eval.answerer import Answerer
+from proxyv.eval.answerer import Answerer, user_message
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
 from proxyv.eval.images import row_images
 from proxyv.eval.plan import make_batches, make_items
-from proxyv.eval.records import read_records, write_json
+from proxyv.eval.provenance import fingerprint
+from proxyv.eval.records import read_records, rewrite_records, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.tables import results_table
@@ -155,6 +159,8 @@ def test_every_sample_has_one_line_with_its_evidence(tmp_path: Path) -> None:
     result, _ = run(document_rows(10), tmp_path, batch_size=4)
     records = read_records(tmp_path / "docvqa.jsonl")
     assert sorted(record["index"] for record in records) == list(range(10))
+    hashes = [record.pop("image_hash") for record in sorted(records, key=lambda r: r["index"])]
+    assert hashes[::2] == hashes[1::2] and len(set(hashes)) == 5  # one page for two questions
     first = next(record for record in records if record["index"] == 3)
     assert first == {
         "index": 3,
@@ -225,6 +231,77 @@ def test_changed_data_is_noticed_when_resuming(tmp_path: Path) -> None:
         run(rows, tmp_path)
 
 
+@pytest.mark.parametrize("control", [None, "shuffled-images"])
+def test_changed_images_are_noticed_when_resuming(tmp_path: Path, control: str | None) -> None:
+    rows = document_rows(6)
+    run(rows, tmp_path, control=control)
+    rows[2]["image"] = {"bytes": png(200), "path": None}
+    rows[3]["image"] = {"bytes": png(200), "path": None}
+    with pytest.raises(CommandError, match="shows another image, the data has changed"):
+        run(rows, tmp_path, control=control)
+
+
+def test_only_the_size_of_a_blank_image_matters_when_resuming(tmp_path: Path) -> None:
+    rows = document_rows(4)
+    for control in ("blank-images", "question-only"):
+        run(rows, tmp_path / control, control=control)
+    rows[2]["image"] = {"bytes": png(200), "path": None}
+    for control in ("blank-images", "question-only"):
+        _, lines = run(rows, tmp_path / control, control=control)
+        assert "resuming, 4 of 4" in lines[0]
+    rows[2]["image"] = {"bytes": png(200, (21, 30)), "path": None}
+    with pytest.raises(CommandError, match="row 2 is another question now"):
+        run(rows, tmp_path / "blank-images", control="blank-images")
+
+
+def test_records_from_before_there_were_hashes_of_images_are_taken_up(tmp_path: Path) -> None:
+    run(document_rows(4), tmp_path)
+    path = tmp_path / "docvqa.jsonl"
+    records = read_records(path)
+    for record in records:
+        del record["image_hash"]
+    rewrite_records(path, records[:3])
+    reader = Reader()
+    result, lines = run(document_rows(4), tmp_path, reader=reader)
+    assert "resuming, 3 of 4" in lines[0]
+    assert result["scores"]["anls"]["value"] == 1.0
+
+
+def test_half_a_surrogate_pair_comes_back_as_it_was(tmp_path: Path) -> None:
+    rows = document_rows(3)
+    rows[0]["question"] = "What \ud83d shade \U0001f600?"
+    rows[1]["question"] = "W\xe4s?"
+    run(rows, tmp_path)
+    path = tmp_path / "docvqa.jsonl"
+    assert "W\xe4s?" in path.read_text("utf-8")  # only what cannot be written is escaped
+    reader = Reader()
+    result, _ = run(rows, tmp_path, reader=reader)
+    assert not reader.batches and result["failed"] == 0
+    assert read_records(path)[0]["question"] == rows[0]["question"]
+    write_json(tmp_path / "results.json", {"errors": [rows[0]["question"]]})
+    kept = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert kept == {"errors": [rows[0]["question"]]}
+
+
+@pytest.mark.parametrize(
+    ("line", "key"), [('{"a": 1}', "index"), ("[1]", "index"), ('{"index": 0}', "question_id")]
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, line: str, key: str) -> None:
+    (tmp_path / "docvqa.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(CommandError, match=rf"docvqa\.jsonl, line 1 is no record .*'{key}'"):
+        run(document_rows(2), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"fitting": "4"}', '{"fitting": 0}', "\udcff"])
+def test_a_damaged_file_of_the_memory_that_was_found_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "docvqa.memory.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(CommandError, match=r"docvqa\.memory\.json is damaged .*delete it"):
+        run(document_rows(2), tmp_path)
+    write_json(path, {"fitting": 2})
+    assert run(document_rows(2), tmp_path)[0]["failed"] == 0
+
+
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     run(document_rows(4), tmp_path)
     path = tmp_path / "docvqa.jsonl"
@@ -243,6 +320,22 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "docvqa.jsonl").write_text("old", encoding="utf-8")
     open_output(tmp_path, {**settings, "batch_size": 8}, overwrite=True)
     assert not (tmp_path / "docvqa.jsonl").exists()
+    (tmp_path / "settings.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CommandError, match=r"settings\.json is damaged .* --overwrite"):
+        open_output(tmp_path, settings)
+
+
+def test_a_setting_that_one_run_does_not_name_is_none_there(tmp_path: Path) -> None:
+    plain, reduced = {"weights": "a"}, {"weights": "a", "reduction": {"method": "fastv"}}
+    open_output(tmp_path / "a", reduced)
+    with pytest.raises(CommandError, match=r"with reduction {'method': 'fastv'}, this .* None"):
+        open_output(tmp_path / "a", plain)
+    open_output(tmp_path / "b", plain)
+    with pytest.raises(CommandError, match=r"with reduction None, this .* {'method': 'fastv'}"):
+        open_output(tmp_path / "b", reduced)
+    open_output(tmp_path / "b", {**plain, "reduction": None})  # as newer code may write it
+    open_output(tmp_path / "c", {**plain, "reduction": None})
+    open_output(tmp_path / "c", plain)
 
 
 def test_bad_samples_count_as_wrong_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -376,6 +469,59 @@ def test_parquet_saved_and_json_folders_hold_the_same_rows(tmp_path: Path) -> No
             assert DOCVQA.sample(index, loaded[index]) == DOCVQA.sample(index, row)
 
 
+def test_lines_of_json_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """Other characters that end a line for Python stand in texts of web pages."""
+    texts = [f"one{mark}two" for mark in ("\u2028", "\u2029", "\x85", "")]
+    rows = [
+        {**row, "image": "x.png", "question": text}
+        for row, text in zip(document_rows(4), texts, strict=True)
+    ]
+    (tmp_path / "docvqa").mkdir()
+    for end in ("\n", "\r\n"):
+        lines = end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "docvqa/validation.jsonl").write_bytes(lines.encode())
+        loaded = load_rows(DOCVQA, tmp_path)
+        assert [loaded[index]["question"] for index in range(len(loaded))] == texts
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "docvqa").mkdir()
+    (tmp_path / "docvqa/validation.json").write_bytes('[{"question": "\xe9"}]'.encode("latin-1"))
+    with pytest.raises(CommandError, match=r"validation\.json: not valid JSON .*utf-8"):
+        load_rows(DOCVQA, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        # The same rows in two forms are asked once, from the first place.
+        ({"validation": 3, "data/validation-00000-of-00001": 4}, 3),
+        ({"data/validation-0": 4, "DocVQA/validation": 5}, 4),
+        ({"validation": 3, "validation-00000-of-00001": 4}, 3),
+        # A part that is named after the split is another one.
+        ({"validation": 3, "validation_lite": 2}, 3),
+        ({"validation-00000-of-00001": 3, "validation_lite-00000-of-00001": 2}, 3),
+        ({"validation-00000-of-00001": 3, "validation-00000-of-00001-lite": 2}, 3),
+        # All parts count, also with the hash of older uploads.
+        ({"data/validation-00000-of-00002": 3, "data/validation-00001-of-00002": 2}, 5),
+        ({"data/validation-00000-of-00001-f0ed6b9b8ffc7ee1": 3, "data/test-00000-of-00001": 1}, 3),
+        # Files without the name of any split are taken for the only one.
+        ({"part-0": 1, "part-1": 2}, 3),
+        ({"validation_lite": 2}, None),
+    ],
+)
+def test_one_form_of_a_split_is_taken(
+    tmp_path: Path, files: dict[str, int], taken: int | None
+) -> None:
+    for name, count in files.items():
+        save_parquet(tmp_path / f"docvqa/{name}.parquet", document_rows(count))
+    if taken is None:
+        with pytest.raises(CommandError, match=r"needed is validation\.parquet"):
+            load_rows(DOCVQA, tmp_path)
+    else:
+        assert len(load_rows(DOCVQA, tmp_path)) == taken
+
+
 @pytest.mark.parametrize("form", ["parquet", "json"])
 def test_a_missing_column_is_named(tmp_path: Path, form: str) -> None:
     rows = [{key: row[key] for key in row if key != "answers"} for row in document_rows(2)]
@@ -450,6 +596,73 @@ def test_the_former_owner_is_tried_second(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
+ASK_THE_HUB = """
+import sys
+from proxyv.cli import CommandError
+from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.eval.sources import load_rows
+
+for name in sys.argv[1:]:
+    try:
+        load_rows(BENCHMARKS[name])
+    except CommandError as error:
+        print(name, " ".join(str(error).split()))
+"""
+
+
+def test_a_hub_that_fails_is_asked_for_the_former_owner_too(tmp_path: Path) -> None:
+    """The real client against a server on this machine that refuses, forbids and hangs up."""
+    faults = {"DocVQA": 401, "ChartQA": 403, "GQA": None}
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            status = next((code for name, code in faults.items() if name in self.path), 200)
+            if status is None:
+                self.connection.close()
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {name: "" for name in os.environ if name.endswith("_OFFLINE")}
+    address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}"}
+    names = ["docvqa", "chartqa", "gqa"]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_THE_HUB, *names],
+            env={
+                **os.environ,
+                **online,
+                **address,
+                "HF_HOME": str(tmp_path),
+                "no_proxy": "127.0.0.1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert lines.keys() == set(names)
+    for name in names:
+        for repository in BENCHMARKS[name].repositories:
+            assert any(repository in path for path in asked)
+            assert f"{repository}: " in lines[name]
+        assert f"give --data DIR with the folder DIR/{name}" in lines[name]
+
+
 def test_json_files_are_replaced_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "deep/results.json"
     write_json(path, {"a": 1})
@@ -499,6 +712,49 @@ def test_batched_answers_equal_answers_one_by_one(model_folder: Path) -> None:
         length = answerer.length(question, [(image.height, image.width) for image in own])
         inputs = answerer.inputs([[{"role": "user", "content": question}]], [[]])
         assert length >= inputs["input_ids"].shape[1] + 17 * len(own)
+
+
+def test_a_question_with_image_marks_gets_no_more_of_them(model_folder: Path) -> None:
+    assert user_message("Why?", 2)["content"] == "<image> <image>\nWhy?"
+    assert user_message("Why?", 0)["content"] == "Why?"
+    assert user_message("Is <image> darker?", 1)["content"] == "Is <image> darker?"
+    answerer = Answerer.load(str(model_folder), dtype="float32", device="cpu")
+    image = random_image(40, 80)
+    plain = answerer.length("Is  darker?", [(40, 80)])
+    marked = answerer.length("Is <image> darker?", [(40, 80)])
+    assert abs(plain - marked) <= 2  # the same image once, another place of white space
+    assert len(answerer.generate(answerer.prepare(["Is <image> darker?"], [[image]]), 2)) == 1
+    with pytest.raises(ValueError, match="1 <image> mark but there are 2 images"):
+        answerer.length("Is <image> darker?", [(40, 80), (40, 80)])
+
+
+def test_a_question_that_is_no_unicode_text_fails_alone(model_folder: Path, tmp_path: Path) -> None:
+    answerer = Answerer.load(str(model_folder), dtype="float32", device="cpu")
+    rows = document_rows(2)
+    rows[0]["question"] = "What \ud83d?"
+    result = evaluate(
+        DOCVQA, Rows(rows, "memory"), answerer, RunOptions(), tmp_path, lambda _: None
+    )
+    assert result["failed"] == 1 and "1000: the question is not Unicode" in result["errors"][0]
+    assert read_records(tmp_path / "docvqa.jsonl")[0]["question"] == rows[0]["question"]
+
+
+def test_fingerprints_follow_weights_of_every_form(tmp_path: Path) -> None:
+    def of(**files: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        for name, text in files.items():
+            (folder / name.replace("__", ".")).write_text(text)
+        return fingerprint(folder)
+
+    alone = "757006fd52e36aed"  # of the folder with this config.json alone, as it always was
+    assert of() == alone
+    assert of(training_args__bin="a", optimizer__bin="b", results__json="c") == alone
+    for name in ("pytorch_model", "pytorch_model-00001-of-00002", "adapter_model"):
+        assert len({alone, of(**{f"{name}__bin": "one"}), of(**{f"{name}__bin": "two"})}) == 3
+    for name in ("vocab__json", "merges__txt"):
+        assert len({alone, of(**{name: "one"}), of(**{name: "two"})}) == 3
 
 
 def test_rotated_images_are_turned_upright(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxyv.eval.__main__ import main
 from proxyv.eval.records import read_records
+from proxyv.eval.team import Team
 from proxyv.synthetic.world import write_world
 from tests.small_model import save_small_model
 
@@ -106,6 +111,52 @@ def test_lmms_eval_gives_the_same_answers_and_scores(harness: str, tmp_path: Pat
         said = {line["doc_id"]: line["filtered_resps"] for line in lines}
         records = read_records(tmp_path / f"ours/{name}.jsonl")
         assert said == {record["index"]: record["answer"] for record in records}
+
+
+def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, **content: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The adapter on empty stand-ins for the few classes of lmms-eval that it builds on."""
+    for package in ("lmms_eval", "lmms_eval.api", "lmms_eval.models"):
+        stand_in(package, monkeypatch, __path__=[])
+    stand_in("lmms_eval.api.instance", monkeypatch, Instance=object)
+    stand_in("lmms_eval.api.model", monkeypatch, lmms=type("lmms", (), {}))
+    stand_in("lmms_eval.models.registry_v2", monkeypatch, ModelManifest=object)
+    monkeypatch.delitem(sys.modules, "proxyv.eval.lmms", raising=False)
+    yield importlib.import_module("proxyv.eval.lmms")
+    sys.modules.pop("proxyv.eval.lmms", None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "processes", "given", "taken"),
+    [
+        (False, 2, None, None),
+        (False, 2, "cpu", "cpu"),
+        (True, 2, None, "cuda:1"),
+        (True, 2, "cuda:0", "cuda:1"),
+        (True, 2, "cpu", "cpu"),
+        (True, 1, "cuda:0", "cuda:0"),
+    ],
+)
+def test_each_of_several_processes_takes_a_gpu_where_there_are_any(
+    adapter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    processes: int,
+    given: str | None,
+    taken: str | None,
+) -> None:
+    loaded: list[str | None] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(adapter, "join_team", lambda _: Team(1, processes, 1))
+    monkeypatch.setattr(adapter.Answerer, "load", lambda _, device, **__: loaded.append(device))
+    adapter.ProxyV("folder", device=given)
+    assert loaded == [taken]
 
 
 def test_the_package_names_its_model_to_lmms_eval() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,8 @@ def test_ocrbench_matches_inside_words_and_formulas_with_case() -> None:
     assert ocrbench_match("ＡＢＣ", ["abc"], "SVT") == 1
     assert ocrbench_match("\\Frac { A }", ["\\frac{A}"], "HME100k") == 0
     assert ocrbench_match("x ^ 2\n= A", ["x^2=A"], "HME100k") == 1
+    assert ocrbench_match("x^2", ["\t x^2\t"], "HME100k") == 1
+    assert ocrbench_match("x^2", ["x\t^2"], "HME100k") == 0  # within, only spaces go
 
 
 @pytest.mark.parametrize(
@@ -328,6 +331,7 @@ def test_always_yes_gets_a_quarter_of_mme() -> None:
 def test_seedbench_takes_the_first_character() -> None:
     assert first_letter_match("(A)", "A") == 0
     assert first_letter_match("Answer: B", "A") == first_letter_match("apple", "A") == 1
+    assert first_letter_match("A", " A \n") == first_letter_match("a", "A ") == 1
 
 
 def test_gqa_deletes_punctuation_and_keeps_articles() -> None:
@@ -343,6 +347,33 @@ def test_an_unread_box_has_its_centre_in_the_corner() -> None:
 def test_white_space_changes_the_edit_distance_and_not_bleu() -> None:
     assert page_bleu("a b\nc  d", "a b c d") == 1.0
     assert page_edit_distance("a b\nc  d", "a b c d") > 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        # lmms-eval's cal_per_metrics with jieba 0.42.1 and nltk 3.10.4
+        ("今天天气很好我们去公园", "今天天气很好我们去公园玩", 0.846481724890614),
+        ("第一章 模型介绍 本章介绍", "第一章 模型介绍 本章描述", 0.8091067115702212),
+        ("Total 价格 12 yuan today", "Total 价格 12 yuan today", 1.0),
+        ("hello", "你好世界今天天气很好", 0.0),
+        ("你好世界今天天气很好", "hello", 0.0),
+        ("日本語のテキスト", "日本語のテキスト", 1.0),
+    ],
+)
+def test_chinese_pages_are_compared_by_words(
+    prediction: str, reference: str, score: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert page_bleu(prediction, reference) == pytest.approx(score, abs=1e-6)
+    assert not capsys.readouterr().err
+
+
+def test_only_chinese_pages_need_jieba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)  # an import of it fails
+    assert page_bleu("カタカナ é ж 한글", "カタカナ é ж 한글") == 1.0
+    for pair in (("图", "a"), ("a", "图")):
+        with pytest.raises(ValueError, match=r"pip install jieba"):
+            page_bleu(*pair)
 
 
 def test_bootstrap_interval_encloses_the_mean_and_is_repeatable() -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from proxyv.cli import CommandError, model_options, nearest, run_command, table_console
@@ -26,7 +25,7 @@ from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import load_rows
 from proxyv.eval.tables import results_table
 from proxyv.eval.tasks import add_task_options, score_tasks
-from proxyv.eval.team import Team, join_team
+from proxyv.eval.team import join_team, own_gpu
 from proxyv.reduction.options import HELP as REDUCTION_HELP
 from proxyv.reduction.options import parse_options
 
@@ -77,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = select(args.tasks)
     options = RunOptions(args.batch_size, args.limit, check_control(args.control), args.seed)
     check_model_name(args.model)
-    team = join_team(cpu=(args.device or "").startswith("cpu") or not torch.cuda.is_available())
+    team = join_team(args.device)
     tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
-    args.device = args.device or _own_gpu(team)
+    args.device = args.device or own_gpu(team)
     answerer = Answerer.load(args.model, **model_options(args), **_reduction(args.reduction))
     output = args.output or _default_output(args.model, args.control, args.reduction)
     console = Console(
@@ -105,11 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         table_console().print(results_table(results))
     console.print(f"written: {output / 'results.json'}")
     return _report_failures(tasks, console)
-
-
-def _own_gpu(team: Team) -> str | None:
-    """The GPU of one of several processes, None to take the usual device."""
-    return f"cuda:{team.local_rank}" if team.size > 1 and torch.cuda.is_available() else None
 
 
 def _reduction(given: str | None) -> dict[str, Any]:

@@ -31,10 +31,13 @@ CPU_BATCH_TOKENS = 1024
 def user_message(question: str, num_images: int) -> dict[str, str]:
     """A user's message: the images first, then the question.
 
+    A question that holds an ``<image>`` mark says itself where its images are, and gets no more.
+
     Source: lmms-eval 0.7.3, model ``llava``. Differs: no.
     """
-    marks = " ".join([IMAGE_MARK] * num_images)
-    return {"role": "user", "content": f"{marks}\n{question}" if num_images else question}
+    if num_images and IMAGE_MARK not in question:
+        question = " ".join([IMAGE_MARK] * num_images) + f"\n{question}"
+    return {"role": "user", "content": question}
 
 
 class Answerer:
@@ -126,7 +129,15 @@ class Answerer:
         }
 
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
-        """Number of input tokens of a question about images of these heights and widths."""
+        """Number of input tokens of a question about images of these heights and widths.
+
+        Raises:
+            ValueError: the question does not fit the images, or is not Unicode text.
+        """
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # of which the tokenizer would make a TypeError
+            raise ValueError(f"the question is not Unicode text ({error})") from error
         lengths = [self.processor.num_image_tokens(size_hw) for size_hw in sizes_hw]
         return len(self.renderer.prompt([user_message(question, len(sizes_hw))], lengths))
 

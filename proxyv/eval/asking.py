@@ -8,7 +8,6 @@ size found is kept in a file, so that a resumed run cuts its batches as the firs
 from __future__ import annotations
 
 import collections
-import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 
+from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark, Record
 from proxyv.eval.plan import Answering, Item, item_images, make_record
-from proxyv.eval.records import write_json
+from proxyv.eval.records import read_json, write_json
 from proxyv.eval.sources import Rows
 
 __all__ = ["Asker", "read_ahead"]
@@ -88,7 +88,7 @@ class Asker:
         self.size_file, self.warn = size_file, warn
         self.most: int | None = None
         if size_file.is_file():
-            self.most = json.loads(size_file.read_text(encoding="utf-8"))["fitting"]
+            self.most = _fitting(size_file)
 
     def ask(self, batches: Iterable[Sequence[Item]]) -> Iterator[list[Record]]:
         """The records of each batch in turn."""
@@ -168,5 +168,18 @@ class Asker:
             item.index,
             sample=item.sample,
             image_index=item.image_index,
+            image_hash=item.image_hash,
             **outcome,
         )
+
+
+def _fitting(size_file: Path) -> int:
+    """How many questions fit in memory together, as an earlier run found out."""
+    advice = "delete it, and the number is found out again"
+    fitting = read_json(size_file, advice).get("fitting")
+    if not isinstance(fitting, int) or fitting < 1:
+        raise CommandError(
+            f"{size_file} is damaged (fitting is {fitting!r}, not a whole number from 1 on); "
+            f"{advice}"
+        )
+    return fitting

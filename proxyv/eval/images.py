@@ -1,4 +1,9 @@
-"""The images of a row, found but not decoded; `proxyv.data.images` opens them as training does."""
+"""The images of a row, found but not decoded; `proxyv.data.images` opens them as training does.
+
+Source: lmms-eval 0.7.3, ``doc_to_visual`` of the tasks. Differs, for every benchmark: transparent
+parts become white, as in training, where the harness's ``convert("RGB")`` shows the colour stored
+below them, mostly black.
+"""
 
 from __future__ import annotations
 

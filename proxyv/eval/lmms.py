@@ -19,9 +19,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm.auto import tqdm
 
-from proxyv.data.templates import IMAGE_MARK
 from proxyv.eval.answerer import Answerer, user_message
-from proxyv.eval.team import join_team
+from proxyv.eval.team import join_team, own_gpu
 from proxyv.model.images import to_rgb
 
 __all__ = ["ProxyV", "manifest"]
@@ -75,10 +74,10 @@ class ProxyV(lmms):
                 f"--model_args {', '.join(unknown)}: unknown; pretrained, dtype, "
                 "attn_implementation and template are allowed"
             )
-        team = join_team(cpu=(device or "").startswith("cpu"))
+        team = join_team(device)
         self._rank, self._world_size = team.rank, team.size
-        if team.size > 1 and not (device or "").startswith("cpu"):
-            device = f"cuda:{team.local_rank}"
+        if not (device or "").startswith("cpu"):
+            device = own_gpu(team) or device  # lmms-eval may name one GPU to all processes
         self.batch_size = int(batch_size)
         self.answerer = Answerer.load(
             pretrained,
@@ -129,7 +128,7 @@ class ProxyV(lmms):
         _refuse_sampling(task, settings)
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         images = [to_rgb(visual) for visual in visuals]
-        message = user_message(context, 0 if IMAGE_MARK in context else len(images))
+        message = user_message(context, len(images))
         return Request(place, message, images, int(settings.get("max_new_tokens", MAX_NEW_TOKENS)))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:

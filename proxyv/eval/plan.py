@@ -45,6 +45,7 @@ class Item:
         sizes_hw: heights and widths of those images, usually of one.
         blank: whether grey images of these sizes are shown instead.
         length: input tokens, for sorting.
+        image_hash: names those images, see `make_record`; None for no image.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Item:
     sizes_hw: tuple[tuple[int, int], ...]
     blank: bool
     length: int
+    image_hash: str | None = None
 
 
 def make_record(
@@ -62,6 +64,7 @@ def make_record(
     *,
     sample: Sample | None,
     image_index: int | None = None,
+    image_hash: str | None = None,
     answer: str | None = None,
     error: Exception | None = None,
 ) -> Record:
@@ -70,7 +73,8 @@ def make_record(
     Returns:
         ``index`` (row), ``question_id``, ``question``, ``prompt``, ``references``, ``answer`` (as
         the model gave it), ``score``, ``kind``, ``document``, ``image_index`` (row whose image was
-        shown), ``details`` (what else the score depends on) and ``error``.
+        shown), ``image_hash`` (of the encoded files shown, or of the sizes of blank images),
+        ``details`` (what else the score depends on) and ``error``.
     """
     row = rows.text(index)
     references = [] if sample is None else list(sample.references)
@@ -89,6 +93,7 @@ def make_record(
         "kind": benchmark.kind(row),
         "document": None if sample is None else sample.document,
         "image_index": image_index,
+        "image_hash": image_hash,
         "details": details,
         "error": None if error is None else " ".join(str(error).split()),
     }
@@ -109,6 +114,7 @@ def make_items(
     """
     samples: dict[int, Sample] = {}
     sizes: dict[int, tuple[tuple[int, int], ...]] = {}
+    hashes: dict[int, list[str]] = {}
     owners: dict[int, list[str]] = {}
     failures: list[Record] = []
     for index in indices:
@@ -118,11 +124,11 @@ def make_items(
             if control != "question-only" or benchmark.needs_image_size:
                 images = row_images(benchmark, rows, index)
                 sizes[index] = tuple(image.size_hw() for image in images)
+                hashes[index] = [hashlib.sha256(image.content()).hexdigest() for image in images]
             if benchmark.needs_image_size:
                 sample = benchmark.with_image_size(sample, sizes[index][0])
             if control == "shuffled-images":
-                hashes = [hashlib.sha256(image.content()) for image in images]
-                owners[index] = [f"image {digest.hexdigest()}" for digest in hashes]
+                owners[index] = [f"image {digest}" for digest in hashes[index]]
                 if sample.document is not None:
                     owners[index].append("document " + sample.document)
         except ValueError as error:
@@ -146,7 +152,11 @@ def make_items(
             failures.append(make_record(benchmark, rows, index, sample=sample, error=error))
             continue
         blank = control == "blank-images"
-        items.append(Item(index, sample, image_index, sizes_hw, blank, length))
+        shown_hash = None
+        if image_index is not None:
+            seen = map(str, sizes_hw) if blank else hashes[image_index]
+            shown_hash = hashlib.sha256(" ".join(seen).encode()).hexdigest()[:16]
+        items.append(Item(index, sample, image_index, sizes_hw, blank, length, shown_hash))
     return items, failures
 
 

@@ -16,19 +16,25 @@ __all__ = ["fingerprint", "git_commit", "hardware", "versions"]
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "accelerate", "datasets"),
-    *("rapidfuzz", "nltk", "pillow", "numpy"),
+    *("rapidfuzz", "nltk", "jieba", "pillow", "numpy"),
 )
-MODEL_FILES = ("config.json", "*_config.json", "tokenizer*", "*.jinja", "*.model", "*.safetensors")
+MODEL_FILES = (
+    *("config.json", "*_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.jinja"),
+    *("*.model", "*.safetensors", "*model*.bin"),  # and not training_args.bin, optimizer.bin
+)
 _CODE = (":(top)", ":(top,exclude)docs")
 PIECE_BYTES = 1 << 16
 PIECES = 64
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that influence a score."""
+    """Versions of Python and of the packages that influence a score, as far as they are there."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # jieba, which serves pages in Chinese only
     return found
 
 

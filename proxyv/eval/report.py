@@ -1,7 +1,8 @@
 """Compare finished runs: ``python -m proxyv.eval report RUN...``.
 
-The scores are recomputed from the stored answers; neither a model nor, but for the pictures on
-the page, the data is needed.
+The scores are put together anew from the stored records: most from the score that a record holds,
+which ``rescore`` brings up to date, some from its answer. Neither a model nor, but for the pictures
+on the page, the data is needed.
 """
 
 from __future__ import annotations

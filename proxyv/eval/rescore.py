@@ -66,11 +66,13 @@ def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """
     stored = load_run(run)
     results = stored.results
+    limit, control = (results["settings"].get(name) for name in ("limit", "control"))
     for name, task in results["tasks"].items():
         benchmark = BENCHMARKS[name]
         scored = [_scored(benchmark, record) for record in stored.records[name]]
         rewrite_records(run / f"{name}.jsonl", scored)
-        write_submission(benchmark, scored, run, warn)
+        whole = limit is None or len(scored) < limit  # as many as the limit: there may be more
+        write_submission(benchmark, scored, run, warn, whole=whole, control=control)
         summary = summarise(benchmark, scored)
         _report_changes(name, task, summary, warn)
         task.update(summary)

@@ -8,7 +8,6 @@ so the answers and scores are the same.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,13 @@ from proxyv.cli import CommandError
 from proxyv.eval.asking import Asker
 from proxyv.eval.benchmarks import Benchmark, Record
 from proxyv.eval.plan import Answering, Item, make_batches, make_items
-from proxyv.eval.records import append_records, read_records, rewrite_records, write_json
+from proxyv.eval.records import (
+    append_records,
+    read_json,
+    read_records,
+    rewrite_records,
+    write_json,
+)
 from proxyv.eval.sources import Rows
 from proxyv.eval.statistics import bootstrap_interval
 from proxyv.eval.team import ALONE, Team
@@ -78,26 +83,24 @@ class RunOptions:
 def open_output(folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Prepare an output folder, or take up the run that it holds.
 
+    A setting that one of both runs does not name, such as a reduction, is None in that run.
+
     Raises:
         CommandError: the folder holds a run with other settings; the first difference is named.
     """
     path = folder / "settings.json"
     if overwrite:
         answers = [path for name in WRITTEN for path in folder.glob(name)]
-        for old in [path, folder / "results.json", *answers]:
-            old.unlink(missing_ok=True)
+        for stale in [path, folder / "results.json", *answers]:
+            stale.unlink(missing_ok=True)
     if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise CommandError(
-                f"{path} is damaged ({error}); start again with --overwrite"
-            ) from error
-        for name, value in settings.items():
-            if before.get(name) != value:
+        before = read_json(path, "start again with --overwrite")
+        for name in dict.fromkeys([*settings, *before]):
+            old, new = before.get(name), settings.get(name)
+            if old != new:
                 raise CommandError(
-                    f"{folder} holds a run with {name} {before.get(name)!r}, this one has "
-                    f"{value!r}: give another --output, or start again with --overwrite"
+                    f"{folder} holds a run with {name} {old!r}, this one has {new!r}: give another "
+                    "--output, or start again with --overwrite"
                 )
         return
     write_json(path, dict(settings))
@@ -152,7 +155,8 @@ def evaluate(
     team.wait()
     ordered = read_records(path)
     if team.is_first:
-        write_submission(benchmark, ordered, output, warn)
+        whole = len(indices) == len(rows)
+        write_submission(benchmark, ordered, output, warn, whole=whole, control=options.control)
     summary = summarise(benchmark, ordered)
     return {"data": rows.origin, **summary, "seconds": round(time.monotonic() - started, 1)}
 
@@ -207,13 +211,34 @@ def write_submission(
     records: Sequence[Record],
     output: Path,
     warn: Callable[[str], None],
+    *,
+    whole: bool,
+    control: str | None,
 ) -> None:
-    """Write the file that a test server takes, where only it knows the answers."""
+    """Write the file that a test server takes, where only it knows the answers.
+
+    Args:
+        benchmark: what the records are of.
+        records: of all samples that were asked.
+        output: the result folder.
+        warn: is told to upload the file, or why that would be wrong.
+        whole: whether every row of the data was asked.
+        control: name of the control that changed the images, None for the real ones.
+    """
     if benchmark.scored:
         return
     path = output / f"{benchmark.name}_for_submission.json"
     write_json(path, benchmark.submission(records))
-    warn(f"{benchmark.name}: only the test server can score it; upload {path}")
+    failed = sum(record["error"] is not None for record in records)
+    faults = [] if whole else [f"--limit took the first {len(records)} questions"]
+    if control is not None:
+        faults.append(f"the images were changed by --control {control}")
+    if failed:
+        faults.append(f"{failed} questions could not be asked and have no answer")
+    if faults:
+        warn(f"{benchmark.name}: {path} is not for upload: {'; '.join(faults)}")
+    else:
+        warn(f"{benchmark.name}: only the test server can score it; upload {path}")
 
 
 def _warn_of_limit(
@@ -237,7 +262,15 @@ def _warn_of_limit(
 
 
 def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
-    """Records of an earlier run that are answers to the same questions."""
+    """Records of an earlier run that are answers to the same questions.
+
+    What is compared are the prompts, the references, and hashes of the encoded images. These
+    change with any byte of a file, so also where the same picture was encoded anew; records from
+    before there were such hashes are taken as they are.
+
+    Raises:
+        CommandError: a row is another question now.
+    """
     usable = []
     for record in (record for part in _parts(path) for record in read_records(part)):
         item = items.get(record["index"])
@@ -247,11 +280,12 @@ def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
             record["prompt"] == item.sample.prompt
             and record["references"] == list(item.sample.references)
             and record["image_index"] == item.image_index
+            and record.get("image_hash", item.image_hash) == item.image_hash
         )
         if not same:
             raise CommandError(
-                f"{path}: row {record['index']} is another question now, the data has changed; "
-                "give another --output, or start again with --overwrite"
+                f"{path}: row {record['index']} is another question now or shows another image, "
+                "the data has changed; give another --output, or start again with --overwrite"
             )
         usable.append(record)
     return usable

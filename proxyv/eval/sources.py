@@ -2,8 +2,9 @@
 
 A folder DIR holds one folder for each task, ``DIR/docvqa`` for instance, in one of three forms:
 
-- parquet files whose names begin with the split (``validation.parquet``,
-  ``data/validation-00000-of-00006.parquet``),
+- parquet files of the split (``validation.parquet``, or ``validation-00000-of-00006.parquet`` and
+  the others) in the folder itself, its ``data``, or the folder of a configuration, whichever of
+  these is the first to have any,
 - what ``datasets`` writes with ``save_to_disk``,
 - one ``.json`` or ``.jsonl`` file of rows (or one for each split, named after it), with image
   paths relative to the folder.
@@ -31,6 +32,7 @@ from proxyv.eval.hub import hub_reachable
 __all__ = ["Pictures", "Rows", "load_rows"]
 
 SPLIT_NAMES = ("train", "val", "validation", "dev", "test")
+_PART_NUMBER = r"-\d+(-of-\d+(-[0-9a-f]+)?)?"  # the hub once put a hash after the numbers
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Rows:
         return row if self.pictures is None else {**row, "image": self.pictures.find(row)}
 
     def text(self, index: int) -> Mapping[str, Any]:
-        """One row without its image, which need not be read then."""
+        """One row without its encoded image, which need not be read then; a path may be there."""
         return self._pick(self._texts, index)
 
     def _pick(self, table: Sequence[Mapping[str, Any]], index: int) -> Mapping[str, Any]:
@@ -93,14 +95,15 @@ class Pictures:
 
     def find(self, row: Mapping[str, Any]) -> Any:
         """The encoded image of a row; None where there is none of that name."""
-        place = self._places.get(str(row[self.key]))
-        cell = None if place is None else self.table[place]["image"]
+        wanted = row.get(self.key)
+        place = None if wanted is None else self._places.get(str(wanted))
+        cell = None if place is None else self.table[place].get("image")
         return str(self.folder / cell) if self.folder and isinstance(cell, str) else cell
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:
         names = _without_images(self.table)
-        return {str(names[place][self.name]): place for place in range(len(names))}
+        return {str(names[place].get(self.name)): place for place in range(len(names))}
 
 
 def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
@@ -128,13 +131,11 @@ def load_rows(benchmark: Benchmark, data: Path | None = None) -> Rows:
         raise CommandError(
             f"{benchmark.name}: none of the {len(rows)} rows of {rows.origin} belongs to it"
         )
-    if benchmark.needs_id and benchmark.id_column is not None:
-        for place, _ in picks:
-            if rows.text(place).get(benchmark.id_column) is None:
-                raise CommandError(
-                    f"{benchmark.name}: row {place} of {rows.origin} has no "
-                    f"{benchmark.id_column!r}, without which its answer belongs to no question"
-                )
+    for place, _ in picks if benchmark.needs_id else ():
+        try:
+            benchmark.check_id(rows.text(place))
+        except ValueError as error:
+            raise CommandError(f"{benchmark.name}: row {place} of {rows.origin} {error}") from error
     return dataclasses.replace(rows, picks=picks)
 
 
@@ -150,8 +151,13 @@ def _check_columns(benchmark: Benchmark, table: Any, origin: str, needed: Sequen
 
 
 def _without_images(table: Any) -> Any:
-    remove = getattr(table, "remove_columns", None)
-    return table if remove is None or "image" not in table.column_names else remove(["image"])
+    """The table without encoded images; paths, which tell where an image is from, stay."""
+    features = getattr(table, "features", {})  # of a ``datasets`` table
+    if "image" not in features:
+        return table
+    cell = getattr(features["image"], "feature", features["image"])  # of a list of images
+    is_path = getattr(cell, "dtype", None) in ("string", "large_string")
+    return table if is_path else table.remove_columns(["image"])
 
 
 def _columns(table: Any) -> set[str]:
@@ -162,8 +168,9 @@ def _columns(table: Any) -> set[str]:
 
 def _from_hub(benchmark: Benchmark) -> Rows:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError  # of httpx or its successor, as the hub's client
 
     advice = (
         f"give --data DIR with the folder DIR/{_folder_name(benchmark)}, or make the local small "
@@ -187,12 +194,14 @@ def _from_hub(benchmark: Benchmark) -> Rows:
                 config, key, name = benchmark.image_table
                 images = load_dataset(repository, config, split=benchmark.split)
                 pictures = Pictures(_undecoded(images), key, name)
-        except (DatasetNotFoundError, ConnectionError, ValueError) as error:
+        except (HTTPError, OSError, DatasetsError, ValueError) as error:
             reasons.append(f"{repository}: {error}")
             continue
         origin = f"hub:{repository}/{benchmark.split}"
         return Rows(_undecoded(table), origin, pictures=pictures)
-    why = "HF_HUB_OFFLINE=1 and no earlier download was found" if offline else "; ".join(reasons)
+    why = "; ".join(reasons)
+    if offline:
+        why = f"HF_HUB_OFFLINE=1 and no earlier download was found: {why}"
     raise CommandError(f"{benchmark.name}: not loaded from the hub ({why}); {advice}")
 
 
@@ -251,8 +260,9 @@ def _folder_table(
         return _json_rows(lists[0]), lists[0]
     raise CommandError(
         f"{benchmark.name}: {folder} holds {len(lists) or 'no'} JSON files and no parquet file of "
-        f"the split {benchmark.split!r}; needed is {benchmark.split}*.parquet, a save_to_disk "
-        "folder, or exactly one .json or .jsonl file with its images"
+        f"the split {benchmark.split!r}; needed is {benchmark.split}.parquet (or "
+        f"{benchmark.split}-00000-of-00001.parquet and so on), a save_to_disk folder, or exactly "
+        f"one .json or .jsonl file with its images, such as {benchmark.split}.jsonl"
     )
 
 
@@ -284,22 +294,31 @@ def _parquet_table(benchmark: Benchmark, files: Sequence[Path]) -> Any:
 
 
 def _split_files(benchmark: Benchmark, places: Sequence[Path], *patterns: str) -> list[Path]:
-    """Files of the split; files of another split are never taken instead."""
-    found = {path for place in places for pattern in patterns for path in place.glob(pattern)}
-    files = sorted(found)
-    wanted = [path for path in files if re.match(rf"{benchmark.split}(?![A-Za-z])", path.stem)]
-    named = [path for path in files if path.stem.startswith(SPLIT_NAMES)]
-    return wanted or ([] if named else files)
+    """Files of the split, all from one place and either whole or in numbered parts.
+
+    Files of another split are never taken instead.
+    """
+    part = re.compile(re.escape(benchmark.split) + _PART_NUMBER)
+    found = [
+        sorted({path for pattern in patterns for path in place.glob(pattern)}) for place in places
+    ]
+    for files in found:
+        whole = [path for path in files if path.stem == benchmark.split]
+        if wanted := whole or [path for path in files if part.fullmatch(path.stem)]:
+            return wanted
+    if any(path.stem.startswith(SPLIT_NAMES) for files in found for path in files):
+        return []
+    return next((files for files in found if files), [])
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":  # a text may hold what splitlines() takes for ends of lines
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CommandError(f"{path}: a list of rows (JSON objects) is needed")

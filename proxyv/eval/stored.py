@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS, Record
-from proxyv.eval.records import read_records
+from proxyv.eval.records import read_json, read_records
 
 __all__ = ["StoredRun", "load_run"]
 
@@ -41,10 +40,7 @@ def load_run(folder: Path) -> StoredRun:
         raise CommandError(
             f"{folder}: no results.json, so no finished run; start its command again"
         )
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{path} is damaged ({error}); start the run again") from error
+    results = read_json(path, "start the run again")
     records = {}
     for name, task in results["tasks"].items():
         if name not in BENCHMARKS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from proxyv.cli import add_model_options
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages
 from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
-from proxyv.eval.records import write_json
+from proxyv.eval.records import read_json, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows
 from proxyv.eval.team import ALONE, Team
@@ -104,7 +103,9 @@ def _settings(model: str, answerer: Answerer, options: RunOptions) -> dict[str, 
 def _earlier_tasks(output: Path) -> dict[str, Any]:
     """Tasks of an earlier command with the same settings, which stay in the results."""
     path = output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json(path, "delete it and start the command again")["tasks"]
 
 
 def _results(

@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ALONE", "Team", "join_team"]
+import torch
+
+__all__ = ["ALONE", "Team", "join_team", "own_gpu"]
 
 PATIENCE = datetime.timedelta(hours=12)  # a process may wait so long for the slowest one
 
@@ -41,16 +43,17 @@ class Team:
 ALONE = Team()
 
 
-def join_team(cpu: bool) -> Team:
+def join_team(device: str | None) -> Team:
     """Meet the other processes; a command that was started plainly is alone.
 
     Args:
-        cpu: whether the model runs on the CPU even where there are GPUs.
+        device: what the user asked for, None for the usual one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import PartialState
 
+    cpu = (device or "").startswith("cpu") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     return Team(
         state.process_index,
@@ -58,3 +61,8 @@ def join_team(cpu: bool) -> Team:
         state.local_process_index,
         state.wait_for_everyone,
     )
+
+
+def own_gpu(team: Team) -> str | None:
+    """The GPU of one of several processes, None to take the usual device."""
+    return f"cuda:{team.local_rank}" if team.size > 1 and torch.cuda.is_available() else None

@@ -17,6 +17,7 @@ __all__ = [
     "Score",
     "answer_list",
     "mean_score",
+    "number_text",
     "optional_text",
     "text_cell",
 ]
@@ -141,6 +142,17 @@ class Benchmark(ABC):
         """The group of `group_size` rows that a row belongs to."""
         return None
 
+    def check_id(self, row: Mapping[str, Any]) -> None:
+        """Look at the id of a row, where it is needed, before anything is asked.
+
+        Raises:
+            ValueError: it is not there, or of no use; the message continues "row 7 ...".
+        """
+        if self.id_column is not None and row.get(self.id_column) is None:
+            raise ValueError(
+                f"has no {self.id_column!r}, without which its answer belongs to no question"
+            )
+
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The encoded images of a row, in the order in which the model sees them."""
         return [row.get("image")]
@@ -169,9 +181,12 @@ class Benchmark(ABC):
             details: those of the sample.
         """
 
-    @abstractmethod
     def scores(self, records: Sequence[Record]) -> dict[str, Score]:
-        """The scores of the benchmark by name, from the records of all samples."""
+        """The scores of the benchmark by name, from the records of all samples.
+
+        By default there is one, the mean over all questions.
+        """
+        return {self.main_score: mean_score([record["score"] for record in records])}
 
     def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """What a test server is sent, where `scored` is False."""
@@ -186,6 +201,12 @@ def answer_list(row: Mapping[str, Any], column: str = "answers") -> tuple[str, .
             f"column {column!r} holds {answers!r}, a list with at least one answer is needed"
         )
     return tuple(str(answer) for answer in answers)
+
+
+def number_text(value: Any) -> str:
+    """A cell that should hold a whole number, as text; tables with gaps store 7 as 7.0."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if whole else value)
 
 
 def optional_text(value: Any) -> str | None:

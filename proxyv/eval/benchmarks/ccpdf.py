@@ -41,9 +41,14 @@ class CCpdf(Benchmark):
     def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Only pages of CCpdf that are to be read as a whole."""
         origin = f"{row.get('dataset_name') or ''} {row.get('image') or ''}"
-        messages = _messages(row)
+        if "ccpdf" not in origin.lower():
+            return []
+        try:
+            messages = _messages(row)
+        except ValueError:
+            return [{}]  # `sample` says what is wrong with it
         whole = not messages or not _PARTIAL.search(str(messages[0].get("content")))
-        return [{}] if "ccpdf" in origin.lower() and whole else []
+        return [{}] if whole else []
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The page, which the data put into a list."""
@@ -85,7 +90,20 @@ class CCpdf(Benchmark):
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return row.get("messages") or row.get("conversations") or []
+    """The messages of a row.
+
+    Raises:
+        ValueError: their column holds something else.
+    """
+    column = "messages" if row.get("messages") else "conversations"
+    messages = row.get(column) or []
+    listed = isinstance(messages, list | tuple)
+    if not listed or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"column {column!r} holds {'a list of other things' if listed else 'no list'}, a list "
+            "of messages with role and content is needed"
+        )
+    return messages
 
 
 def _plain(text: str) -> str:

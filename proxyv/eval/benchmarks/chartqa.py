@@ -12,7 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxyv.eval.benchmarks.base import Benchmark, Record, Sample, Score, mean_score, text_cell
+from proxyv.eval.benchmarks.base import (
+    Benchmark,
+    Record,
+    Sample,
+    Score,
+    mean_score,
+    optional_text,
+    text_cell,
+)
 from proxyv.eval.metrics import relaxed_accuracy
 
 __all__ = ["ChartQA"]
@@ -30,7 +38,7 @@ class ChartQA(Benchmark):
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """Which half the question is from."""
-        return row.get("type")
+        return optional_text(row.get("type"))
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

@@ -15,10 +15,7 @@ from typing import Any
 from proxyv.eval.benchmarks.base import (
     Benchmark,
     ImageTable,
-    Record,
     Sample,
-    Score,
-    mean_score,
     optional_text,
     text_cell,
 )
@@ -56,7 +53,3 @@ class GQA(Benchmark):
     ) -> float:
         """Equality without case and punctuation."""
         return exact_match(answer, references[0])
-
-    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
-        """One mean, over all questions."""
-        return {"exact_match": mean_score([record["score"] for record in records])}

@@ -5,7 +5,8 @@ counts only if all its rotations are answered rightly ("circular"). What an answ
 by fixed rules, without another model ("static"). About 4,300 rows.
 
 Source: lmms-eval 0.7.3, task mmbench_en_dev_static, metric gpt_eval_score (0 to 100). Differs:
-that number is called circular_accuracy, and the accuracy without rotations is given as well.
+that number is called circular_accuracy, the accuracy without rotations is given as well, and the
+harness's spreadsheet to submit is not written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from proxyv.eval.benchmarks.base import (
     Sample,
     Score,
     mean_score,
+    number_text,
     optional_text,
     text_cell,
 )
@@ -44,7 +46,7 @@ class MMBench(Benchmark):
 
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
         """The data set's number; rotations add millions to it, so a row number cannot stand in."""
-        return str(row.get("index"))
+        return number_text(row.get("index"))
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The ability that is tested."""
@@ -52,17 +54,17 @@ class MMBench(Benchmark):
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""
-        number = str(row.get("index"))
+        number = self.question_id(index, row)
         if not number.isdecimal():
             raise ValueError(f"column 'index' holds {number!r}, a whole number is needed")
         question = text_cell(row, "question")
         hint = f"{row['hint']} " if _is_given(row.get("hint")) else ""
         options = [f"{x}. {row[x]}" for x in LETTERS if row.get(x) and _is_given(row[x])]
-        lines = [f"{hint}{question} There are several options:", *options, INSTRUCTION]
+        block = "\n".join(["There are several options:", *options]).rstrip("\n")
         return Sample(
-            question_id=self.question_id(index, row),
+            question_id=number,
             question=question,
-            prompt="\n".join(lines),
+            prompt=f"{hint}{question} {block}\n{INSTRUCTION}",
             references=(text_cell(row, "answer"),),
             kind=self.kind(row),
             document=str(int(number) % ROTATION),

@@ -59,7 +59,7 @@ class MME(Benchmark):
 
     def group(self, row: Mapping[str, Any]) -> Hashable:
         """The two questions of an image in a category."""
-        return (row.get("category"), row.get("question_id"))
+        return (self.kind(row), optional_text(row.get("question_id")))
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

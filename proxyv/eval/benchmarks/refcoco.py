@@ -32,6 +32,7 @@ from proxyv.eval.metrics import Box, box_iou, center_inside, final_answer, read_
 __all__ = ["RefCOCO", "RefCOCOTestA", "RefCOCOTestB"]
 
 THRESHOLD = 0.5
+LARGEST_PX = 1e9  # far beyond any image, and well within single precision
 REQUEST = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right "
     "x, bottom-right y). All values are floating point numbers bounded between 0 and 1. Please "
@@ -60,14 +61,11 @@ class RefCOCO(Benchmark):
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row; the reference is still in pixels, as x, y, width, height."""
         sentence = text_cell(row, "answer")
-        box = row.get("bbox")
-        if not isinstance(box, list | tuple) or len(box) != 4:
-            raise ValueError(f"column 'bbox' holds {box!r}, four numbers x, y, w, h are needed")
         return Sample(
             question_id=self.question_id(index, row),
             question=sentence,
             prompt=REQUEST + sentence,
-            references=(json.dumps([float(value) for value in box]),),
+            references=(json.dumps(_pixels(row.get("bbox"))),),
             document=optional_text(row.get("file_name")),
         )
 
@@ -90,16 +88,15 @@ class RefCOCO(Benchmark):
 
     def scores(self, records: Sequence[Record]) -> dict[str, Score]:
         """Mean overlap, accuracy at five thresholds, and how often the centre is inside."""
+        pairs = [
+            (read_box(final_answer(record["answer"])), _truth(record["references"]))
+            if record["error"] is None
+            else None
+            for record in records
+        ]
 
         def over(measure: Callable[[Box, Box], float]) -> Score:
-            return mean_score(
-                [
-                    measure(read_box(final_answer(record["answer"])), _truth(record["references"]))
-                    if record["error"] is None
-                    else 0.0
-                    for record in records
-                ]
-            )
+            return mean_score([0.0 if pair is None else measure(*pair) for pair in pairs])
 
         def at(threshold: float) -> Score:
             return over(lambda box, truth: float(box_iou(box, truth) >= threshold))
@@ -121,6 +118,24 @@ class RefCOCOTestB(RefCOCO):
 
     name = "refcoco_testB"
     split = "testB"
+
+
+def _pixels(box: Any) -> list[float]:
+    """The four numbers of a box.
+
+    Raises:
+        ValueError: it holds anything else, or numbers that no image has.
+    """
+    problem = f"column 'bbox' holds {box!r}, four numbers x, y, w, h are needed"
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        raise ValueError(problem)
+    try:
+        numbers = [float(value) for value in box]
+    except (TypeError, ValueError) as error:
+        raise ValueError(problem) from error
+    if not all(abs(number) < LARGEST_PX for number in numbers):  # not-a-number is not, either
+        raise ValueError(problem)
+    return numbers
 
 
 def _truth(references: Sequence[str]) -> Box:

@@ -3,7 +3,8 @@
 Multiple-choice questions about photographs, of nine kinds; about 14,200 of the 18,000 rows (the
 others show videos). The first character of the answer counts.
 
-Source: lmms-eval 0.7.3, task seedbench, metric seed_image. Differs: videos are not asked.
+Source: lmms-eval 0.7.3, task seedbench, metric seed_image. Differs: videos are not asked, and
+the harness's file to submit is not written.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ from typing import Any
 
 from proxyv.eval.benchmarks.base import (
     Benchmark,
-    Record,
     Sample,
-    Score,
-    mean_score,
     optional_text,
     text_cell,
 )
@@ -73,7 +71,3 @@ class SEEDBench(Benchmark):
     ) -> float:
         """Whether the first character is the right letter."""
         return first_letter_match(answer, references[0])
-
-    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
-        """One mean, over all questions and not over kinds."""
-        return {"seed_image": mean_score([record["score"] for record in records])}

@@ -4,7 +4,7 @@ Questions about photographs that can only be answered by reading text in them; t
 each. Scored by VQA soft accuracy; 5,000 validation questions. No recognised text is given in the
 prompt, and only the first letter of the question is a capital.
 
-Source: lmms-eval 0.7.3, task textvqa_val. Differs: no.
+Source: lmms-eval 0.7.3, task textvqa_val. Differs: the harness's file to submit is not written.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import Any
 
 from proxyv.eval.benchmarks.base import (
     Benchmark,
-    Record,
     Sample,
-    Score,
     answer_list,
-    mean_score,
     optional_text,
     text_cell,
 )
@@ -54,7 +51,3 @@ class TextVQA(Benchmark):
     ) -> float:
         """VQA soft accuracy of one answer."""
         return vqa_accuracy(answer, references)
-
-    def scores(self, records: Sequence[Record]) -> dict[str, Score]:
-        """One mean, over all questions."""
-        return {"exact_match": mean_score([record["score"] for record in records])}
