@@ -94,6 +94,7 @@ def test_conversation_goes_on_and_shows_the_images_once() -> None:
         (["--image", "missing.png"], "--image missing.png: no such file"),
         (["--image", "{broken}"], "cannot be decoded"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--model", "runs/nope"], "--model runs/nope: no such folder"),
         (["--question", " "], "--question is empty"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--template", "tinny"], "did you mean 'tiny'"),

@@ -196,6 +196,12 @@ def test_command_writes_all_forms(
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # needs no other file
     assert HOSTILE not in page
     assert (output / "report.md").is_file() and (output / "report.tex").is_file()
+    assert main(["report", *map(str, runs), "--output", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    [row] = [row for row in found["rows"] if row["score"] == "relaxed_overall"]
+    stored = [json.loads((run / "results.json").read_text("utf-8")) for run in runs]
+    scores = [each["tasks"]["chartqa"]["scores"]["relaxed_overall"]["value"] for each in stored]
+    assert [cell["value"] for cell in row["cells"]] == pytest.approx(scores)
 
 
 def test_page_without_pictures_says_why(
@@ -210,7 +216,9 @@ def test_mistakes_are_explained_in_one_line(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, ["report", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere: no results.json" in capsys.readouterr().err
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert run_command(main, ["report", str(tmp_path)]) == 2
+    assert "no results.json, so no finished run" in capsys.readouterr().err
     assert run_command(main, ["report", str(runs[0]), "--samples", "-1"]) == 2
     assert "--samples -1" in capsys.readouterr().err
     (runs[0] / "results.json").write_text("{", encoding="utf-8")

@@ -224,7 +224,7 @@ def model_type(name: str) -> str:
     """The type of a model; a release of the authors' counts as one of this package.
 
     Raises:
-        CommandError: its ``config.json`` is invalid.
+        CommandError: its ``config.json`` is invalid, or there is none of that name.
     """
     try:
         if is_release(name):
@@ -232,6 +232,10 @@ def model_type(name: str) -> str:
         return AutoConfig.from_pretrained(name).model_type
     except StrictDataclassError as error:
         raise CommandError(f"--model {name}: invalid config.json ({error})") from error
+    except OSError as error:
+        raise CommandError(
+            f"--model {name}: no such folder, and no model of the hub that could be had ({error})"
+        ) from error
 
 
 def _no_template(name: str) -> NoReturn:

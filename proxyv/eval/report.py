@@ -8,7 +8,9 @@ on the page, the data is needed.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=SAMPLES,
         help=f"samples of a task on the page (default: {SAMPLES})",
     )
+    add("--json", action="store_true", help="print the numbers as JSON instead of the tables")
     return parser
 
 
@@ -73,11 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (args.output / name).write_text(text, encoding="utf-8")
-    console = table_console()
-    console.print(comparison_table(comparison, comparison.rows, "scores"))
-    if comparison.categories:
-        console.print(comparison_table(comparison, comparison.categories, "parts of tasks"))
-    console.print(FOOTNOTE, highlight=False)
+    if args.json:
+        print(json.dumps(asdict(comparison), indent=1))
+    else:
+        console = table_console()
+        console.print(comparison_table(comparison, comparison.rows, "scores"))
+        if comparison.categories:
+            console.print(comparison_table(comparison, comparison.categories, "parts of tasks"))
+        console.print(FOOTNOTE, highlight=False)
     for note in comparison.notes:
         warnings.print(note)
     warnings.print(f"written: {', '.join(str(args.output / name) for name in texts)}")

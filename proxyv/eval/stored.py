@@ -33,13 +33,12 @@ def load_run(folder: Path) -> StoredRun:
     """Read a result folder.
 
     Raises:
-        CommandError: it holds no finished run, or a damaged one.
+        CommandError: there is no such folder, or it holds no finished run, or a damaged one.
     """
     path = folder / "results.json"
     if not path.is_file():
-        raise CommandError(
-            f"{folder}: no results.json, so no finished run; start its command again"
-        )
+        problem = "no results.json, so no finished run; start its command again"
+        raise CommandError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
     results = read_json(path, "start the run again")
     records = {}
     for name, task in results["tasks"].items():
