@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -37,7 +39,7 @@ from proxyv.config import ProxyVConfig
 from proxyv.data.templates import TEMPLATES, mark_template, template_of
 from proxyv.eval.answerer import check_model_name
 from proxyv.model.card import model_card
-from proxyv.model.checkpoints import to_released
+from proxyv.model.checkpoints import check_exactly, to_released
 from proxyv.model.internlm2 import convert_internlm2
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
@@ -146,6 +148,7 @@ def _to_release(args: argparse.Namespace) -> str:
     processor = ProxyVProcessor.from_pretrained(source)
     raw = to_released_config(config, processor.image_aspect_ratio)
     state = to_released(read_weights(source), config.start_layer)
+    _check_all_there(state, config)
     args.out.mkdir(parents=True)
     save_torch_state_dict(state, args.out, filename_pattern="model{suffix}.safetensors")
     raw["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
@@ -156,6 +159,19 @@ def _to_release(args: argparse.Namespace) -> str:
     foreign = raw.get("proxyv_options")
     note = f"; the authors' code does not know {json.dumps(foreign)}" if foreign else ""
     return f"the authors' form, start_layer={config.start_layer}{note}"
+
+
+def _check_all_there(state: Mapping[str, Tensor], config: ProxyVConfig) -> None:
+    """Refuse tensors, under the authors' names, that are not exactly those of the model.
+
+    A tied head need not be there, and older files hold buffers that are made anew.
+    """
+    with torch.device("meta"):  # names and shapes only
+        model = ProxyVForConditionalGeneration(config)
+    own = to_released(model.state_dict(), config.start_layer)
+    if config.tie_word_embeddings and "lm_head.weight" not in state:
+        del own["lm_head.weight"]
+    check_exactly({n: t for n, t in state.items() if not n.endswith(".position_ids")}, own)
 
 
 def _from_llava_next(args: argparse.Namespace) -> str:

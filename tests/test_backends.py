@@ -10,6 +10,7 @@ import torch
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_model
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.masks import to_backend
@@ -88,15 +89,22 @@ def flash_in_place_of_the_kernel(module, query, key, value, mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, seen, **kwargs)
 
 
-@pytest.fixture
-def flash_model(monkeypatch):
-    """A model whose ordinary layers call the function above under the name of the kernel."""
-    entries = {"flash_attention_2": flash_in_place_of_the_kernel}
-    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", entries)
+@pytest.fixture(params=["flash_attention_2", "kernels-community/flash-attn2"])
+def flash_model(request, monkeypatch):
+    """A model whose ordinary layers call the function above under the name of a kernel.
+
+    The second name is the one that transformers writes in place of the first where the package
+    kernels is installed and flash-attn is not.
+    """
+    for functions, entry in (
+        (ALL_ATTENTION_FUNCTIONS, flash_in_place_of_the_kernel),
+        (ALL_MASK_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]),
+    ):
+        monkeypatch.setitem(functions._global_mapping, request.param, entry)
 
     def make(**options):
         model = tiny_model(start_layer=2, **options)
-        model.config.text_config._attn_implementation_internal = "flash_attention_2"
+        model.config.text_config._attn_implementation_internal = request.param
         return model
 
     return make
@@ -121,7 +129,7 @@ def test_flash_attention_gets_no_mask_it_cannot_take(flash_model, kind, side, ge
 def test_flash_attention_is_refused_where_every_layer_needs_a_mask(flash_model, generator) -> None:
     model = flash_model(layout="released")
     inputs = collate([sample([2, "2", 3], model.config, generator)])
-    with pytest.raises(ValueError, match=r"'flash_attention_2' takes no masks.*'released'.*'sdpa'"):
+    with pytest.raises(ValueError, match=r"flash.*2' takes no masks.*'released'.*'sdpa'"):
         model(**inputs)
 
 

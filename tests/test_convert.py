@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_model import character_tokenizer, save_small_model
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -32,17 +33,40 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import run_command
+from proxyv.config import OPTIONS
 from proxyv.convert import main
 from proxyv.model.card import model_card
 from proxyv.model.chat_templates import TEMPLATES
 from proxyv.model.crops import num_unpadded_tokens
-from proxyv.model.released import is_release, read_tokenizer, read_weights
+from proxyv.model.released import (
+    is_release,
+    read_tokenizer,
+    read_weights,
+    released_config,
+    to_released_config,
+)
 from proxyv.model.stage1 import load_stage1, save_stage1
 
 TOKENIZERS = os.environ.get("PROXYV_TOKENIZERS")
 PX, PATCH = 32, 8
 PINPOINTS = [[PX, 2 * PX], [2 * PX, PX], [2 * PX, 2 * PX], [PX, 3 * PX]]
 SIZES = [(40, 60), (60, 40), (32, 32), (9, 90), (120, 31), (57, 29), (200, 200), (1, 500)]
+# An option, another value than its default, and what has to go with it.
+HALF = {"side_reduction": 2}
+LEARNED = {"proxy_kind": "learned", "start_layer": 1}
+OTHER_VALUES: dict = {
+    "start_layer": (1, {}),
+    "skip": ("atn", {}),
+    "side_reduction": (2, {}),
+    "proxy_kind": ("learned", {}),
+    "learned_proxies": (3, LEARNED),
+    "downsample": ("average", {}),
+    "proxy_positions": ("block", {}),
+    "layout": ("released", {}),
+    "guided_ratio": (0.25, {}),
+    "packing": ("llava_next", {"start_layer": None}),
+    "reduction": ({"method": "visionzip", "dominant": 6, "contextual": 2}, LEARNED),
+}
 
 
 def convert(*arguments: object) -> None:
@@ -178,6 +202,72 @@ def test_a_release_of_another_variant_is_refused(theirs, options, words) -> None
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("holes", ["projector", "context_proj", "image_newline", "embed_tokens"])
+@pytest.mark.parametrize("form", ["ours", "theirs"])
+def test_a_folder_with_holes_is_neither_loaded_nor_converted(form, holes, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(form), tmp_path / form)
+    [file] = folder.glob("*.safetensors")
+    whole = load_file(file)
+    some = {name: tensor for name, tensor in whole.items() if holes not in name}
+    assert len(some) < len(whole)
+    save_file(some, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"incomplete: \d+ tensors .*{holes}"):
+        ProxyVForConditionalGeneration.from_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"missing.*{holes}"):
+        main([str(folder), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_comes_back_from_the_authors_form_or_is_refused(option) -> None:
+    value, others = OTHER_VALUES[option]
+    config = tiny_config(**{option: value, **others})
+    if option in ("skip", "packing"):
+        with pytest.raises(ValueError, match=f"{option}=.*no released form"):
+            to_released_config(config, "pad")
+        return
+    raw = json.loads(json.dumps(to_released_config(config, "pad")))
+    back = released_config(raw, config.vision_config)
+    assert getattr(back, option) == value != getattr(ProxyVConfig, option)
+    assert (back.crop_tokens, back.crop_side) == (config.crop_tokens, config.crop_side)
+    assert back.proxies_per_crop == config.proxies_per_crop
+
+
+def test_a_model_with_a_method_comes_back_with_it(tmp_path, inputs) -> None:
+    """Answers too: the processor of the authors' form reserves what the method leaves."""
+    method = {"method": "visionzip", "dominant": 5, "contextual": 3}
+    ours = save_small_model(tmp_path / "ours", reduction=method, proxy_kind="learned", **HALF)
+    processor = ProxyVProcessor.from_pretrained(ours)
+    processor.follow(ProxyVConfig.from_pretrained(ours))
+    processor.save_pretrained(ours)
+    convert(ours, tmp_path / "theirs")
+    raw = json.loads((tmp_path / "theirs/config.json").read_text())
+    assert raw["per_crop_token_len"] == 8 and raw["proxyv_options"]["reduction"] == method
+    image = Image.effect_noise((50, 70), 90).convert("RGB")
+    logits = []
+    for folder in (ours, tmp_path / "theirs"):
+        processor = ProxyVProcessor.from_pretrained(folder)
+        model = ProxyVForConditionalGeneration.from_pretrained(folder).eval()
+        given = processor(images=image, text="<s><image>hi", return_tensors="pt")
+        with torch.no_grad():
+            logits.append(model(**given).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_method_with_weights_has_no_released_form(tmp_path) -> None:
+    method = {"method": "tokenpacker", "scale": 2, "heads": 2}
+    ours = save_small_model(tmp_path / "ours", reduction=method, side_reduction=1)
+    with pytest.raises(ValueError, match=r"reduction=.*'tokenpacker'.*no released form"):
+        main([str(ours), str(tmp_path / "theirs")])
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_release_gets_no_projector_that_nobody_trained(theirs) -> None:
+    method = {"method": "tokenpacker", "scale": 2, "heads": 2}
+    with pytest.raises(ValueError, match=r"incomplete: \d+ tensors .*projector\.attention"):
+        ProxyVForConditionalGeneration.from_pretrained(theirs, reduction=method, side_reduction=2)
+
+
 @pytest.fixture(scope="module")
 def llava_next(tmp_path_factory) -> Path:
     """A small random stock checkpoint, as llava-hf writes them."""
@@ -244,6 +334,15 @@ def test_a_stock_checkpoint_becomes_a_baseline_with_the_same_logits(llava_next, 
     expected = stock.generate(**{n: inputs[n] for n in names}, **chosen)
     assert got.shape == expected.shape
     assert model.generate(**inputs, **chosen).tolist() == expected.tolist()
+
+
+def test_a_stock_checkpoint_with_holes_is_refused(llava_next, tmp_path) -> None:
+    folder = shutil.copytree(llava_next, tmp_path / "stock")
+    state = load_file(folder / "model.safetensors")
+    del state[next(name for name in state if "linear_2.bias" in name)]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"incomplete: 1 tensors .*linear_2\.bias"):
+        main([str(folder), str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("seed", range(3))

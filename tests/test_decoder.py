@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
@@ -17,6 +20,7 @@ from proxyv.model.families import (
     ProxyVLlamaModel,
     build_language_model,
 )
+from proxyv.model.parts import parameter_part
 from proxyv.model.streams import DecoderOptions
 
 
@@ -242,17 +246,62 @@ def test_learned_proxies_learn_unless_nothing_reads_them(generator) -> None:
         assert all(float(gradients[name].abs().max()) > 0 for name in learned)
 
 
-def test_a_batch_without_images_gives_the_new_modules_zero_gradients(generator) -> None:
-    model = tiny_model(start_layer=1).train()
+FASTV = {"method": "fastv", "layer": 1}
+VARIANTS = [
+    {},
+    {"proxy_kind": "learned"},
+    {"skip": "atn_ffn"},
+    {"skip": "atn"},
+    {"reduction": {"method": "tokenpacker", "scale": 2, "heads": 2}},
+    {"proxy_kind": "learned", "reduction": FASTV},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_batch_without_images_gives_the_new_modules_zero_gradients(options, generator) -> None:
+    model = tiny_model(start_layer=1, **options).train()
     batch = collate([sample([5], model.config, generator)])
-    _, gradients = loss_and_gradients(model, batch)
+    loss, gradients = loss_and_gradients(model, batch)
     expected = {
         n
         for n, p in model.named_parameters()
-        if p.requires_grad and ("guided_update" in n or "projector" in n or "newline" in n)
+        if p.requires_grad and parameter_part(n) in ("proxyv", "projector", "newline")
     }
-    assert expected <= gradients.keys()
+    assert len(expected) > 3 and expected <= gradients.keys()
     assert all(float(gradients[name].abs().max()) == 0 for name in expected)
+    with torch.no_grad():
+        assert torch.equal(loss, model(**batch, labels=batch["input_ids"]).loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", VARIANTS)
+def test_sharded_layers_train_with_and_without_images(options, generator) -> None:
+    """FSDP2: outside of their layer's forward its parameters are shards that cannot be mixed."""
+    plain = tiny_model(start_layer=1, **options).train()
+    model = tiny_model(start_layer=1, **options).train()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model.model.multi_modal_projector, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for parts in ([2, "2", 3], [6]):
+            batch = collate([sample(parts, model.config, generator)])
+            if options.get("reduction") == FASTV:
+                with pytest.raises(ValueError, match=r"inside the decoder.*fully_shard"):
+                    model(**batch)
+                continue
+            labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+            for one in (plain, model):
+                one.zero_grad()
+                one(**batch, labels=labels, loss_only=True).loss.backward()
+            shards = {n: p.grad for n, p in model.named_parameters()}
+            for name, parameter in plain.named_parameters():
+                if parameter.grad is not None:
+                    torch.testing.assert_close(shards[name].full_tensor(), parameter.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_hidden_states_and_attentions_are_natural_rows(generator) -> None:

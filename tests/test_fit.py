@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from transformers import AutoModelForImageTextToText
 
 from proxyv import ProxyVForConditionalGeneration
 
 LEARNED = {"proxy_kind": "learned", "learned_proxies": 3}
 PHI3 = {"text": {"model_type": "phi3"}}
+TOKENPACKER = {"method": "tokenpacker", "scale": 2, "heads": 2}
 
 
 def edited(folder: Path, changes: dict, **options) -> Path:
@@ -71,3 +76,61 @@ def test_a_caller_may_still_ask_for_new_tensors_in_place_of_others(tmp_path) -> 
         folder, ignore_mismatched_sizes=True, output_loading_info=True
     )
     assert model.lm_head.weight.shape == (61, 32) and len(report["mismatched_keys"]) == 2
+
+
+def without(folder: Path, holes: str) -> Path:
+    """A saved model of which somebody has lost the tensors whose names match."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    left = {name: tensor for name, tensor in state.items() if not re.search(holes, name)}
+    assert len(left) < len(state)
+    save_file(left, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("holes", "options", "words"),
+    [
+        (r"multi_modal_projector", {}, ["4 tensors", "multi_modal_projector.linear_1.bias"]),
+        (r"layers\.2\.guided_update\.context_proj", {}, ["1 tensors", "2.guided_update.context"]),
+        (r"layers\.3\.guided_update", {}, ["6 tensors", "layers.3.guided_update"]),
+        (r"image_newline", {"start_layer": None}, ["1 tensors", "(model.image_newline)"]),
+        (r"lm_head", {}, ["1 tensors", "(lm_head.weight)"]),
+        (r"embed_tokens", {"tie_word_embeddings": True}, ["model.language_model.embed_tokens"]),
+        (r"multi_modal_projector", {"reduction": TOKENPACKER}, ["projector.attention"]),
+        (r"projector.query_proj", {"reduction": TOKENPACKER}, ["1 tensors", "query_proj"]),
+    ],
+)
+@pytest.mark.parametrize("loader", [ProxyVForConditionalGeneration, AutoModelForImageTextToText])
+def test_weights_with_holes_are_refused(loader, holes, options, words, tmp_path) -> None:
+    tiny_model(**{"start_layer": 1, "side_reduction": 1, **options}).save_pretrained(tmp_path)
+    without(tmp_path, holes)
+    with pytest.raises(ValueError) as error:
+        loader.from_pretrained(tmp_path)
+    for word in [*words, str(tmp_path), "incomplete", "whole checkpoint"]:
+        assert word in str(error.value)
+
+
+def test_a_projector_with_weights_of_its_own_may_start_anew_on_a_baseline(tmp_path) -> None:
+    tiny_model(start_layer=None).save_pretrained(tmp_path)
+    model, report = ProxyVForConditionalGeneration.from_pretrained(
+        tmp_path, reduction=TOKENPACKER, start_layer=1, side_reduction=1, output_loading_info=True
+    )
+    new = {name for name in report["missing_keys"] if "projector" in name}
+    assert new == {n for n, _ in model.named_parameters() if "projector" in n}
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"incomplete: 4 tensors .*linear_1"):  # and not back again
+        ProxyVForConditionalGeneration.from_pretrained(tmp_path / "packed", reduction=None)
+    without(tmp_path, "multi_modal_projector")
+    with pytest.raises(ValueError, match=r"incomplete: \d+ tensors .*multi_modal_projector"):
+        ProxyVForConditionalGeneration.from_pretrained(
+            tmp_path, reduction=TOKENPACKER, start_layer=1, side_reduction=1
+        )
+
+
+def test_a_tied_head_is_not_missing(tmp_path) -> None:
+    model = tiny_model(start_layer=1, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = ProxyVForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.get_input_embeddings().weight)

@@ -82,3 +82,45 @@ def test_loss_only_is_the_models_loss():
     torch.testing.assert_close(halved.loss, plain.loss * count / 2)
     with pytest.raises(ValueError, match="loss_only=True needs labels"):
         model(**{**batch, "labels": None}, loss_only=True)
+
+
+def batch_and_labels(model):
+    generator = torch.Generator().manual_seed(3)
+    batch = collate([sample([3, "1", 6], model.config, generator)])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+    return batch
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary_keeps_the_head(tied):
+    model = tiny_model(start_layer=1, tie_word_embeddings=tied)
+    old = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(70)
+    assert isinstance(model.lm_head, LanguageHead) and model.lm_head.out_features == 70
+    assert torch.equal(model.lm_head.weight[:60], old)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    batch = batch_and_labels(model)
+    only = model(**batch, loss_only=True).loss
+    torch.testing.assert_close(only, model(**batch).loss)
+    only.backward()
+    assert model.lm_head.weight.grad.shape == (70, 32)
+
+
+@pytest.mark.parametrize("how", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_the_loss_of_a_wrapped_head_is_that_of_its_logits(how):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(start_layer=1)
+    batch = batch_and_labels(model)
+    plain = model(**batch, loss_only=True).loss
+    config = {"r": 2, "target_modules": ["q_proj"], **how}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lm_head" in name and parameter.requires_grad:
+                parameter.normal_()
+    only = wrapped(**batch, loss_only=True).loss
+    torch.testing.assert_close(only, wrapped(**batch).loss)
+    assert only.shape == () and float((only - plain).detach().abs()) > 0.01
+    only.backward()
+    assert all(p.grad is not None for n, p in wrapped.named_parameters()
+               if "lm_head" in n and p.requires_grad)  # fmt: skip

@@ -139,3 +139,12 @@ def test_a_folder_in_several_files(kind, tmp_path) -> None:
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0]
     torch.testing.assert_close(logits, internlm2(state, ids[0].tolist()), atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_with_holes_is_refused(tmp_path) -> None:
+    state = weights()
+    del state["model.layers.1.feed_forward.w3.weight"]
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors .*layers\.1\.mlp\.up_proj\.weight"):
+        convert_internlm2(tmp_path, tmp_path / "llama")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from draws import check_draws
@@ -286,6 +288,20 @@ def test_beams_keep_the_images_of_a_row_together(generator) -> None:
         assert single[0].tolist() == together[row].tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "reduction", [None, {"method": "fastv", "layer": 1, "ratio": 0.5}, {"method": "prumerge"}]
+)
+def test_generation_from_embeddings_is_that_from_ids(reduction, options, generator) -> None:
+    model = tiny_model(start_layer=2, proxy_kind="learned", reduction=reduction)
+    rows = [sample(parts, model.config, generator) for parts in (["1", 1, "2", 2], [3, "1", 1])]
+    inputs = collate(rows, "left")
+    chosen = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options}
+    expected = model.generate(**inputs, **chosen)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, **chosen), expected[:, -4:])
+
+
 def test_the_image_token_is_never_generated(generator) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -334,15 +350,76 @@ def test_chat_goes_on_with_the_cache_and_a_new_image(generator) -> None:
     assert int(got[0, len(turn)]) == int(expected)
 
 
-def test_a_cache_of_another_batch_is_refused(generator) -> None:
+def test_a_stock_cache_of_another_batch_is_refused(generator) -> None:
+    """Which knows nothing of what the model has noted on it."""
     model = tiny_model()
     one = collate([sample([2, "1", 1], model.config, generator)])
-    cache = model(**one, use_cache=True).past_key_values
+    cache = DynamicCache(config=model.config.text_config)
+    model(**one, past_key_values=cache)
     cache.batch_repeat_interleave(2)
     two = collate([sample(["1", 1], model.config, generator)] * 2)
     two["attention_mask"] = torch.ones(2, 20 + 18, dtype=torch.long)
-    with pytest.raises(ValueError, match="batch of 1, now the batch is 2"):
+    with pytest.raises(ValueError, match=r"batch of 1, now the batch is 2: .*GrowingCache"):
         model(**two, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_prompt_read_once_serves_several_continuations(generator) -> None:
+    """Its cache repeated, and samples of it selected, are caches of those samples."""
+    model = tiny_model(start_layer=1)
+    prompts = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [4, "1", 1])]
+    turns = [sample([2, "1", 3], model.config, generator) for _ in range(4)]
+    inputs = collate(prompts, "left")
+    cache = model(**inputs, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    for kept in (torch.arange(4), torch.tensor([3, 0])):
+        again = copy.deepcopy(cache)
+        if len(kept) < 4:
+            again.batch_select_indices(kept)
+        batch = collate([turns[number] for number in kept])
+        mask = torch.cat([inputs["attention_mask"][kept // 2], batch["attention_mask"]], dim=1)
+        logits = model(**{**batch, "attention_mask": mask}, past_key_values=again).logits
+        for row, number in enumerate(kept.tolist()):
+            (ids, images), (new, pictures) = prompts[number // 2], turns[number]
+            expected = oracle_logits(
+                model, torch.cat([ids, new]), images + pictures, isolate_images=True
+            )[len(ids) :]
+            assert_rows_match(logits[row], expected)
+
+
+@pytest.mark.parametrize("start_layer", [None, 1])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_mask_that_hides_image_tokens_is_refused(use_cache, start_layer, generator) -> None:
+    model = tiny_model(start_layer=start_layer)
+    inputs = collate(
+        [sample([4], model.config, generator), sample([2, "2"], model.config, generator)]
+    )
+    inputs["attention_mask"][1, 6:12] = 0
+    with pytest.raises(ValueError, match="hides 6 of the 34 image tokens from column 2 on"):
+        model(**inputs, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_may_go_on_behind_the_rows(side, generator) -> None:
+    """As long as a static cache, say; in the first turn and in a later one that brings an image."""
+    model = tiny_model(start_layer=1)
+    rows = [sample(parts, model.config, generator) for parts in ([2, "2", 8], [1, "1", 2])]
+    inputs = collate(rows, side)
+    ids, images = sample([2, "1", 3], model.config, generator)
+    more = collate([(ids, images), (ids, images)])
+    logits = []
+    for added in (0, 5):
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, added))
+        with torch.no_grad():
+            first = model(**{**inputs, "attention_mask": mask}, use_cache=True)
+            mask = torch.cat([inputs["attention_mask"], more["attention_mask"]], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, added))
+            second = model(
+                **{**more, "attention_mask": mask}, past_key_values=first.past_key_values
+            )
+        logits += [(first.logits[inputs["attention_mask"].bool()], second.logits)]
+    for plain, longer in zip(*logits, strict=True):
+        assert torch.equal(plain, longer)
 
 
 def test_text_only_batches(generator) -> None:

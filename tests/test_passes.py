@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import collate, sample, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -91,3 +92,15 @@ def test_a_model_gives_the_same_without_gradients_and_with_a_fused_norm(folded, 
         fused = model(**inputs, use_cache=True).logits
     torch.testing.assert_close(written_over, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_fused_norm_leaves_offloaded_weights_to_their_hooks(monkeypatch):
+    """Between calls they lie on the meta device; accelerate's hooks bring them at a call."""
+    model = tiny_model(start_layer=1)
+    inputs = collate([sample([4, "2", 5], model.config, torch.Generator().manual_seed(1))])
+    plain = model(**inputs).logits
+    model = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.language_model.layers[1].input_layernorm.weight.is_meta
+    monkeypatch.setattr(passes, "FUSED_NORM_DEVICES", ("cpu",))
+    assert torch.equal(model(**inputs).logits, plain)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
@@ -10,6 +12,7 @@ from proxyv import ProxyVConfig, ProxyVForConditionalGeneration
 from proxyv.model.crops import ImageGrid
 from proxyv.model.image_spans import find_images
 from proxyv.model.layout_builder import build_layout
+from proxyv.reduction import CropTokens
 from proxyv.reduction.rows import Rows
 
 METHODS = {
@@ -124,6 +127,63 @@ def test_crops_of_several_lengths_take_no_rows_for_what_they_lack() -> None:
     assert cache.get_seq_length() == max(3 + 2 + 4 + kept[0] + kept[1], 1 + 6 + kept[2])
 
 
+@pytest.mark.parametrize("name", ["input_ids", "inputs", None])
+@torch.no_grad()
+def test_the_last_row_of_the_prompt_judges_whatever_its_name(name) -> None:
+    """Without a cache the answer is read with the prompt, but its rows do not judge."""
+    options = {"method": "fastv", "layer": 1, "ratio": 0.7}
+    model = tiny_model(reduction=options, **ARMS["learned late"])
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        batch = collate([sample([4, "2", 6], model.config, generator)])
+        expected = model.generate(**batch, **greedy)
+        ids = batch.pop("input_ids")
+        args, named = ((ids,), {}) if name is None else ((), {name: ids})
+        assert torch.equal(
+            model.generate(*args, **named, **batch, **greedy, use_cache=False), expected
+        )
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+@torch.no_grad()
+def test_crops_that_keep_every_patch_fill_their_rows_and_no_more(ratio) -> None:
+    options = {"method": "prumerge", "plus": True, "ratio": ratio, "neighbours": 3}
+    model = tiny_model(reduction=options, **ARMS["learned"])
+    rows = samples(model.config)
+    batch = collate(rows, "left")
+    images = model.get_image_features(batch["pixel_values"], num_crops=batch["num_crops"])
+    counts = [count for grid in images.grids for count in grid.crop_tokens]
+    assert max(counts) == 16 and (ratio < 1 or min(counts) == 16)
+    layout = model.model.embed(**batch)[1]
+    roles = torch.zeros_like(batch["input_ids"])
+    roles.scatter_add_(1, layout.full_index, layout.full_valid.long())
+    roles.scatter_add_(1, layout.light_index, layout.light_valid.long())
+    empty = torch.zeros_like(roles) if layout.empty is None else layout.empty.long()
+    assert torch.equal(roles + empty, batch["attention_mask"]), "each row has one role"
+    logits = model(**batch).logits
+    torch.testing.assert_close(logits[:, -3:], model(**batch, use_cache=False).logits[:, -3:])
+    for row, one in enumerate(rows):
+        single = model(**collate([one])).logits[0, -3:]
+        torch.testing.assert_close(logits[row, -3:], single, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "random_drop", "prumerge", "tokenpacker", "fastv"])
+def test_the_class_token_is_no_patch(method) -> None:
+    model = reduced(method, "learned", vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match=r"gives 17 tokens a crop, expected 4\*\*2.*'full'"):
+        model(**collate(samples(model.config)))
+
+
+def test_more_tokens_than_rows_are_refused(monkeypatch) -> None:
+    model = reduced("prumerge", "learned")
+    monkeypatch.setattr(type(model.model.reduction), "reduce", lambda self, states: CropTokens(
+        torch.ones(len(states.patches), 17, 16), torch.ones(len(states.patches), 17).bool(), None
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="left 17 tokens of a crop, for which 16 rows are"):
+        model(**collate(samples(model.config)))
+
+
 @torch.no_grad()
 def test_a_second_question_continues_a_shorter_cache() -> None:
     model = reduced("prumerge", "learned")
@@ -139,6 +199,33 @@ def test_a_second_question_continues_a_shorter_cache() -> None:
         input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **options
     )
     assert whole.tolist() == going_on.tolist()
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
+@torch.no_grad()
+def test_a_reduced_prompt_read_once_serves_several_continuations(method) -> None:
+    model = reduced(method, "learned")
+    rows = samples(model.config)
+    batch = collate(rows, "left")
+    tokens = torch.randint(3, 50, (6, 4), generator=torch.Generator().manual_seed(1))
+    cache = model(**batch, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    mask = torch.nn.functional.pad(batch["attention_mask"].repeat_interleave(2, 0), (0, 4), value=1)
+    chosen = torch.tensor([4, 1, 0])
+    some = copy.deepcopy(cache)
+    some.batch_select_indices(chosen)
+    logits = model(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits
+    few = model(input_ids=tokens[chosen], attention_mask=mask[chosen], past_key_values=some).logits
+    torch.testing.assert_close(few, logits[chosen], atol=2e-4, rtol=1e-4)
+    for number in range(6):
+        single = collate([rows[number // 2]])
+        cache = model(**single, use_cache=True).past_key_values
+        alone = model(
+            input_ids=tokens[number : number + 1],
+            attention_mask=torch.ones(1, single["input_ids"].shape[1] + 4, dtype=torch.long),
+            past_key_values=cache,
+        ).logits
+        torch.testing.assert_close(logits[number], alone[0], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("method", "arm"), CASES + SKIPPING)

@@ -200,7 +200,10 @@ def slow_prumerge(crop: TowerStates, method: PruMerge) -> tuple[list[int], Tenso
             key=lambda j: -float(torch.cosine_similarity(k[j + 1], k[i + 1], dim=0)),
         )
         out.append(x[i] + sum(a[j] * x[j] for j in others[: method.neighbours]))
-    out.append(sum((a[j] * x[j] for j in range(n) if j not in kept), torch.zeros_like(x[0])))
+    pruned = [j for j in range(n) if j not in kept]
+    if pruned:
+        out.append(sum((a[j] * x[j] for j in pruned), torch.zeros_like(x[0])))
+        return [*kept, MERGED], torch.stack(out)
     return kept, torch.stack(out)
 
 
@@ -216,8 +219,31 @@ def test_prumerge_equals_slow_oracle(plus, ratio, order, seed) -> None:
     method = PruMerge(plus=plus, ratio=ratio, neighbours=5, order=order)
     out = method.reduce(crop)
     kept, tokens = slow_prumerge(crop, method)
-    assert out.origin[0].tolist() == [*kept, MERGED]
+    assert out.valid.all() and out.tokens.shape[1] <= 20
+    assert out.origin[0].tolist() == kept
     torch.testing.assert_close(out.tokens[0], tokens, atol=1e-5, rtol=1e-4)
+    if ratio is not None and not plus:
+        assert method.tokens_per_crop(20) == len(kept)
+
+
+def test_prumerge_never_leaves_more_tokens_than_patches() -> None:
+    """576 patches with 111 outliers, the last among them: all others are evenly spaced."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(576, generator=generator) * 0.2
+    scores[torch.randperm(575, generator=generator)[:110]] = 3.0
+    scores[-1] = 3.0
+    key = torch.zeros(2, 1, 577, 4)
+    key[0, 0, 1:, 0] = scores
+    key[:, 0, :, 1] = torch.rand(577, generator=generator) * 1e-3
+    query = torch.tensor([2.0, 0, 0, 0]).expand(2, 1, 1, 4)
+    features = torch.randn(2, 577, 8, generator=generator)
+    out = PruMerge().reduce(TowerStates(features, True, query, key))
+    kept = out.origin[0].tolist()
+    assert sorted(kept) == list(range(576)) and out.valid[0].all()
+    flat = int(out.valid[1].sum())  # another crop, without outliers
+    assert (
+        1 < flat < 576 and out.origin[1, flat - 1] == MERGED and (out.tokens[1, flat:] == 0).all()
+    )
 
 
 @pytest.mark.parametrize("plus", [True, False])

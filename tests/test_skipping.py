@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from proxyv import ProxyVForConditionalGeneration
+from proxyv import ProxyVConfig, ProxyVForConditionalGeneration
 from proxyv.model.card import model_card
 from proxyv.model.families import FAMILIES
 from proxyv.model.parts import parameter_part
 from proxyv.model.released import to_released_config
+from proxyv.model.skipping import layer_that_skips
 from proxyv.model.stage1 import load_stage1, save_stage1
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -222,9 +225,34 @@ def test_a_saved_model_comes_back(skip, generator, tmp_path) -> None:
     inputs = collate(samples_of(model, generator), "left")
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
-    with pytest.raises(ValueError, match=rf"skip=None .* skip='{skip}'"):
-        ProxyVForConditionalGeneration.from_pretrained(tmp_path, skip=None)
+    config = ProxyVConfig.from_pretrained(tmp_path, skip=None)
+    for loader in (ProxyVForConditionalGeneration, AutoModelForImageTextToText):
+        for options in ({"skip": None}, {"config": config}):
+            with pytest.raises(ValueError, match=rf"skip=None .* skip='{skip}'"):
+                loader.from_pretrained(tmp_path, **options)
     assert "skip attention" in str(model_card(model.config, "x"))
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_pickled_model_comes_back(family, skip, generator) -> None:
+    """Also where nobody has made the class of its layers before, as in another process."""
+    model = skipping_model(skip, family)
+    inputs = collate(samples_of(model, generator), "left")
+    pickled, copied = pickle.dumps(model), copy.deepcopy(model)
+    layer_that_skips.cache_clear()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(pickle.loads(pickled)(**inputs).logits, expected)
+        assert torch.equal(copied(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("loader", [ProxyVForConditionalGeneration, AutoModelForImageTextToText])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_proxies_do_not_become_layers_that_skip(skip, loader, tmp_path) -> None:
+    tiny_model(start_layer=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"skip='{skip}' .* skip=None"):
+        loader.from_pretrained(tmp_path, skip=skip)
 
 
 def test_a_baseline_becomes_one_that_skips_with_fresh_small_mlps(tmp_path) -> None:

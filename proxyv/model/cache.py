@@ -7,6 +7,7 @@ keys and values of the prompt: thousands of rows where images are read (docs/log
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,8 +85,16 @@ class GrowingLayer(DynamicLayer):
 class GrowingCache(DynamicCache):
     """The stock dynamic cache, arguments and all, with layers that grow in place.
 
-    Sliding windows stay stock, and so does a cache made without a configuration.
+    Sliding windows stay stock, and so does a cache made without a configuration. What the model
+    notes on it about the samples of the batch follows where samples are repeated or selected.
+
+    Attributes:
+        proxyv_full_rows: (B, past) which rows are full tokens; see ``remember_full_rows``.
+        proxyv_stages: what decoding has to know of a reduced prompt; see ``note_stages``.
     """
+
+    proxyv_full_rows: Tensor | None = None
+    proxyv_stages: tuple[Any, ...] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,6 +102,22 @@ class GrowingCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[place] = GrowingLayer()
                 vars(self.layers[place]).update(vars(layer))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample so many times."""
+        super().batch_repeat_interleave(repeats)
+        self._change_notes(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the samples of these numbers."""
+        super().batch_select_indices(indices)
+        self._change_notes(lambda rows: rows[indices.to(rows.device)])
+
+    def _change_notes(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.proxyv_full_rows is not None:
+            self.proxyv_full_rows = change(self.proxyv_full_rows)
+        if self.proxyv_stages is not None:
+            self.proxyv_stages = tuple(stage.change(change) for stage in self.proxyv_stages)
 
 
 def extend_cache(

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from proxyv.config import ProxyVConfig
 
-__all__ = ["check_variant", "from_released", "load_exactly", "load_released", "to_released"]
+__all__ = [
+    "check_exactly",
+    "check_variant",
+    "from_released",
+    "load_exactly",
+    "load_released",
+    "to_released",
+]
 
 _RENAMES = (
     (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -161,6 +168,20 @@ def load_exactly(model: nn.Module, loaded: Mapping[str, Tensor], own: Mapping[st
     Raises:
         ValueError: missing, unexpected or differently shaped tensors, all named.
     """
+    check_exactly(loaded, own)
+    model.load_state_dict(loaded, strict=False)
+
+
+def check_exactly(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors other than exactly the given ones of a model.
+
+    Args:
+        loaded: tensors of a checkpoint.
+        own: the model's tensors, under the same names.
+
+    Raises:
+        ValueError: missing, unexpected or differently shaped tensors, all named.
+    """
     faults = {
         "missing": sorted(own.keys() - loaded.keys()),
         "unexpected": sorted(loaded.keys() - own.keys()),
@@ -175,7 +196,6 @@ def load_exactly(model: nn.Module, loaded: Mapping[str, Tensor], own: Mapping[st
     ]
     if problems:
         raise ValueError("the checkpoint does not fit the model; tensors " + "; ".join(problems))
-    model.load_state_dict(loaded, strict=False)
 
 
 def check_variant(state: Mapping[str, Tensor], config: ProxyVConfig) -> None:

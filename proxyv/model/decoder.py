@@ -3,9 +3,8 @@
 A ProxyV layer is a stock layer plus a guided update. Where no image is being read (decoding, text
 only) it runs its stock forward. Where one is, the rows travel in two streams,
 ``main = [proxy | light]`` (B, P+L, D) and ``full`` (B, F, D): the first ProxyV layer splits the
-natural sequence, each hands ``(None, main, full, splats)`` on, and the last joins them again;
-``splats`` are the matrices of learned proxies, None for spatial ones. Keys and values enter the
-cache in natural order and never hold a proxy.
+natural sequence, each hands ``SplitRows`` on, and the last joins them again. Keys and values
+enter the cache in natural order and never hold a proxy.
 
 Source: paper section 3.2; authors' modified LlamaDecoderLayer. Differs: no S x S mask, streams
     are split and joined once, the last layer updates no full token and makes no proxy.
@@ -32,7 +31,7 @@ from proxyv.model.proxies import (
     make_spatial_proxies,
     split_groups,
 )
-from proxyv.model.streams import DecoderOptions, Streams, WeightsTap
+from proxyv.model.streams import DecoderOptions, SplitRows, Streams, WeightsTap
 
 __all__ = ["ProxyVLayerMixin"]
 
@@ -56,6 +55,7 @@ class ProxyVLayerMixin:
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+    training: bool
 
     def __init__(self, config: Any, layer_idx: int, options: DecoderOptions) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
@@ -108,21 +108,20 @@ class ProxyVLayerMixin:
         """Run the layer.
 
         Args:
-            hidden_states: natural rows (B, S, D), or ``(natural or None, main, full, splats)`` as
-                the ProxyV layer before hands them on.
+            hidden_states: natural rows (B, S, D), or what the ProxyV layer before hands on.
             *args: passed to the stock layer.
             streams: set while images are being read; None runs the stock layer.
             past_key_values: the cache.
             **kwargs: passed to the stock layer.
 
         Returns:
-            Natural rows (B, S, D) from a stock run and from the last layer, else
-            ``(natural or None, main, full, splats)``.
+            Natural rows (B, S, D) from a stock run and from the last layer, else ``SplitRows``.
         """
         if streams is None:
-            return super().forward(  # type: ignore[misc]
+            rows = super().forward(  # type: ignore[misc]
                 hidden_states, *args, past_key_values=past_key_values, **kwargs
             )
+            return self._with_zero_gradients(rows)
         main, full, splats = self._enter(hidden_states, streams.layout)
         num_proxies = main.shape[1] - streams.layout.light_index.shape[1]
         attended, values = self._attend(main, full, num_proxies, streams, past_key_values)
@@ -133,7 +132,25 @@ class ProxyVLayerMixin:
             return streams.layout.join(light, full)
         full = self._update_full(full, values, main[:, :num_proxies], streams, splats)
         natural = streams.layout.join(light, full) if streams.keep_hidden else None
-        return natural, main, full, splats
+        return SplitRows(natural, main, full, splats)
+
+    def _with_zero_gradients(self, rows: Tensor) -> Tensor:
+        """The same rows, from which gradients reach the new modules too, as zeros.
+
+        Data-parallel training waits for the same gradients from every process, also from one
+        whose batch happens to hold no image. The modules are called, on a row of zeros, inside
+        their layer: what shards weights gathers them there and nowhere else.
+        """
+        if self.is_last or not (self.training and torch.is_grad_enabled()):
+            return rows
+        return rows + 0 * self._run_added(rows.new_zeros(1, 1, rows.shape[-1])).sum()
+
+    def _run_added(self, row: Tensor) -> Tensor:
+        """Run the modules that the stock layer does not have, on a crop of one row (1, 1, D)."""
+        proxies, splat = row, row.new_zeros(1, 1, 1, 1)
+        if self.proxy_initializer is not None:
+            proxies, splat = self.proxy_initializer(row, 1)
+        return self.guided_update(row, proxies, (), 1, (splat,))
 
     def _update_full(
         self,
@@ -158,11 +175,11 @@ class ProxyVLayerMixin:
         self, hidden_states: Any, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
         """The streams as this layer needs them; the last layer needs no proxies."""
-        if isinstance(hidden_states, tuple):
-            _, main, full, splats = hidden_states
+        if isinstance(hidden_states, SplitRows):
+            main = hidden_states.main
             if self.is_last:
                 main = main[:, main.shape[1] - layout.light_index.shape[1] :]
-            return main, full, splats
+            return main, hidden_states.full, hidden_states.splats
         light, full = layout.split(hidden_states)
         if self.is_last:
             return light, full, None

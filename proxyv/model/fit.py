@@ -1,7 +1,8 @@
 """Whether saved weights fit a configuration, said in the configuration's words.
 
 transformers names tensors where weights do not fit, and only warns where modules are new or
-unknown. Here the option is named, its value, and the value that the weights have.
+unknown. Here the option is named, its value, and the value that the weights have; and tensors
+that no file holds, which transformers would draw at random, are an error.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-__all__ = ["check_fit"]
+from proxyv.reduction.base import ProjectorReduction
+
+__all__ = ["check_complete", "check_fit"]
 
 _LAYERS = {
     "text_config": re.compile(r"\blanguage_model\.layers\.(\d+)\."),
     "vision_config": re.compile(r"\bvision_tower\..*\blayers\.(\d+)\."),
 }
+_PROJECTOR = "multi_modal_projector."
+_STOCK_PROJECTOR = re.compile(r"\bmulti_modal_projector\.linear_[12]\.")
 _PROXYV = re.compile(r"\blayers\.(\d+)\.(guided_update|proxy_initializer|light_mlp)\.")
 
 # Tensor, dimension, the option that it follows from, and the option's value for a size; what a
@@ -48,8 +53,12 @@ def check_fit(
     expected: Collection[str],
     *,
     sizes: bool = True,
+    fresh: bool = True,
 ) -> None:
-    """Refuse weights of another depth, variant or width than the configuration's.
+    """Refuse weights of another depth, variant or width than the configuration's, or with holes.
+
+    Two kinds of modules may start anew: all ProxyV modules where the weights are a baseline's, and
+    the projector of a token-reduction method where the weights bring another projector.
 
     Args:
         name: what was loaded, for the message.
@@ -58,13 +67,19 @@ def check_fit(
             (names) and ``mismatched_keys`` (name, shape in the file, shape in the model).
         expected: names of all tensors of the model.
         sizes: refuse other widths too; not where the caller asked for new tensors instead.
+        fresh: let modules start anew; else no tensor may be missing.
 
     Raises:
-        ValueError: naming the option, its value and the one that the weights have.
+        ValueError: naming the option, its value and the one that the weights have, or the tensors
+            that are missing.
     """
-    held = (set(expected) - set(report["missing_keys"])) | set(report["unexpected_keys"])
+    missing = set(report["missing_keys"])
+    held = (set(expected) - missing) | set(report["unexpected_keys"])
     _check_depth(name, config, held)
     _check_variant(name, config, held)
+    if fresh:
+        missing -= _starting_anew(config, missing, held)
+    check_complete(name, missing)
     if not sizes:
         return
     shapes = {key: (tuple(file), tuple(own)) for key, file, own in report["mismatched_keys"]}
@@ -80,6 +95,26 @@ def check_fit(
         raise ValueError(
             f"the configuration does not fit the weights of {name}: {key} is {file} there, but "
             f"{own} in the model, and so {len(shapes)} tensors in all; load another model"
+        )
+
+
+def check_complete(name: object, missing: Collection[str]) -> None:
+    """Refuse weights with holes.
+
+    Args:
+        name: what was loaded, for the message.
+        missing: names of the model's tensors that no file holds.
+
+    Raises:
+        ValueError: there are any.
+    """
+    if missing:
+        shown = ", ".join(sorted(missing)[:3])
+        raise ValueError(
+            f"the weights of {name} are incomplete: {len(missing)} tensors of the model are "
+            f"missing ({shown}{', ...' if len(missing) > 3 else ''}) and would stay random: get "
+            "the whole checkpoint, correct its config.json, or convert one of another form first "
+            "(python -m proxyv.convert)"
         )
 
 
@@ -106,6 +141,26 @@ def _check_variant(name: object, config: Any, held: set[str]) -> None:
     kind = "learned" if (start, "proxy_initializer") in modules else "spatial"
     if kind != config.proxy_kind:
         _refuse(name, "proxy_kind", config.proxy_kind, kind)
+
+
+def _starting_anew(config: Any, missing: set[str], held: set[str]) -> set[str]:
+    """Which missing tensors belong to modules that are new as a whole.
+
+    Args:
+        config: the ``ProxyVConfig`` of the model.
+        missing: names of the model's tensors that no file holds.
+        held: names of all tensors that the files hold, the model's and others.
+    """
+    new: set[str] = set()
+    if not any(_PROXYV.search(key) for key in held):
+        new |= {key for key in missing if _PROXYV.search(key)}
+    method = config.reduction_method
+    if isinstance(method, ProjectorReduction):
+        found = [key for key in held if _PROJECTOR in key]
+        # Files without any projector have a hole; those with the stock one are a baseline's.
+        if found and all(_STOCK_PROJECTOR.search(key) for key in found):
+            new |= {key for key in missing if _PROJECTOR in key}
+    return new
 
 
 def _refuse(name: object, option: str, value: Any, found: Any) -> NoReturn:

@@ -41,11 +41,12 @@ class ImageGenerationMixin:
         token = self.config.image_token_index
         if 0 <= token < self.config.text_config.vocab_size:
             processors.append(SuppressTokensLogitsProcessor([token], device=str(self.device)))
-        ids = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input_ids")
-        if self.model.language_model.options.reduction is not None and ids is not None:
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask
-            if mask.shape == ids.shape:
+        prompt = _prompt(args, kwargs)
+        if self.model.language_model.options.reduction is not None and prompt is not None:
+            shape, mask = prompt.shape[:2], kwargs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones(shape, dtype=torch.bool, device=prompt.device)
+            if mask.shape == shape:
                 kwargs.setdefault("judges", last_rows(mask.bool()))
         parent: Any = super()
         return parent.generate(*args, logits_processor=processors, **kwargs)
@@ -54,14 +55,23 @@ class ImageGenerationMixin:
         self,
         input_ids: Tensor,
         *args: Any,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hand images on to the first step only; later steps find them in the cache."""
+        """Hand images on to the first step only; later steps find them in the cache.
+
+        ``inputs_embeds`` stands in the signature because ``generate`` looks for it there.
+        """
         parent: Any = super()
-        kwargs["next_sequence_length"] = _unread(input_ids, is_first_iteration, kwargs)
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        kwargs["next_sequence_length"] = _unread(prompt, is_first_iteration, kwargs)
         inputs = parent.prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            *args,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*IMAGE_INPUTS, "judges"):
@@ -69,7 +79,9 @@ class ImageGenerationMixin:
         elif inputs.get("pixel_values") is not None:
             inputs["attention_mask"] = kwargs.get("attention_mask")  # a static cache made it 4-D
             if inputs.get("judges") is not None:  # without a cache, the answer is read with it
-                added = inputs["input_ids"].shape[1] - inputs["judges"].shape[1]
+                rows = inputs.get("inputs_embeds")
+                rows = inputs["input_ids"] if rows is None else rows
+                added = rows.shape[1] - inputs["judges"].shape[1]
                 inputs["judges"] = torch.nn.functional.pad(inputs["judges"], (0, added))
         return inputs
 
@@ -117,7 +129,8 @@ class ImageGenerationMixin:
         model_kwargs: dict[str, Any],
     ) -> Tensor:
         """Image of each image slot after every row was repeated ``expand_size`` times."""
-        mask = self.model.image_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        embeds = model_kwargs.get("inputs_embeds")  # ``input_ids`` is empty beside them
+        mask = self.model.image_mask(input_ids if embeds is None else None, embeds)
         pixel_values = images["pixel_values"]
         assert pixel_values is not None
         grids = image_grids(self.config, **images)
@@ -129,11 +142,17 @@ class ImageGenerationMixin:
         return torch.tensor(order, device=pixel_values.device)
 
 
-def _unread(input_ids: Tensor, first: bool | None, kwargs: dict[str, Any]) -> int | None:
-    """How many of the tokens are new.
+def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What ``generate`` was given to read, (B, S) or (B, S, D), under any of its names."""
+    given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    return next((prompt for prompt in given if isinstance(prompt, Tensor)), None)
+
+
+def _unread(prompt: Tensor, first: bool | None, kwargs: dict[str, Any]) -> int | None:
+    """How many of the prompt's tokens are new.
 
     A prompt whose crops held empty rows takes fewer rows of the cache than tokens of the input.
     """
     length = kwargs.get("next_sequence_length")
     read = rows_read(kwargs.get("past_key_values"))
-    return length if length is None or read is None or not first else input_ids.shape[1] - read
+    return length if length is None or read is None or not first else prompt.shape[1] - read

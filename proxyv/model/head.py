@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LanguageHead", "supervised_rows"]
+__all__ = ["LanguageHead", "as_language_head", "summed_loss", "supervised_rows"]
 
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
 
@@ -48,6 +48,24 @@ class LanguageHead(nn.Linear):
     def _loss(self, rows: Tensor, targets: Tensor) -> Tensor:
         logits = super().forward(rows).float()
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def as_language_head(linear: nn.Linear) -> LanguageHead:
+    """The same weights as a ``LanguageHead``."""
+    with torch.device("meta"):
+        head = LanguageHead(linear.in_features, linear.out_features)
+    head.weight, head.bias = linear.weight, linear.bias
+    return head.train(linear.training)
+
+
+def summed_loss(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of rows (N, D) and targets (N,), in float32.
+
+    A head that something has wrapped, an adapter for one, is asked for logits, all at once.
+    """
+    if isinstance(head, LanguageHead):
+        return head(rows, targets)
+    return nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
 
 
 def supervised_rows(hidden: Tensor, labels: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:

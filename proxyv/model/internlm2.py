@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proxyv.model.fit import check_complete
 
 __all__ = ["convert_internlm2", "from_internlm2", "internlm2_config"]
 
@@ -129,7 +131,7 @@ def convert_internlm2(source: str | Path, target: str | Path) -> LlamaConfig:
         The configuration written.
 
     Raises:
-        ValueError: not an InternLM2 folder, or one without weights.
+        ValueError: not an InternLM2 folder, or one without weights or with holes.
     """
     source, target = Path(source), Path(target)
     config = internlm2_config(json.loads((source / "config.json").read_text()))
@@ -150,9 +152,17 @@ def convert_internlm2(source: str | Path, target: str | Path) -> LlamaConfig:
         places.update(dict.fromkeys(renamed, name))
         size += sum(tensor.numel() * tensor.element_size() for tensor in renamed.values())
         dtype = next(iter(renamed.values())).dtype if renamed else dtype
+    check_complete(source, _names(config) - places.keys())  # no index: nobody loads the rest
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = dtype
     config.save_pretrained(target)
     return config
+
+
+def _names(config: LlamaConfig) -> set[str]:
+    """The tensors of a Llama, but for a head that is the embedding's."""
+    with torch.device("meta"):
+        names = set(LlamaForCausalLM(config).state_dict())
+    return names - {"lm_head.weight"} if config.tie_word_embeddings else names

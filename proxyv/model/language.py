@@ -239,7 +239,9 @@ class ProxyVTextMixin:
             num_keys = window.num_keys(past_key_values)
             mask = ordinary_mask(layout, window.real, window.past_valid, num_keys)
             return to_backend(mask, self.config._attn_implementation, embeds.dtype)
-        return attention_mask if window.needs_mask else None
+        if attention_mask is None or not window.needs_mask:
+            return None
+        return attention_mask[:, : window.past_valid.shape[1] + window.real.shape[1]]
 
     def _streams(
         self,

@@ -43,6 +43,9 @@ def build_layout(
     Returns:
         The layout, on the device of ``real``.
 
+    Raises:
+        ValueError: a row of an image is padding.
+
     Source: authors' prepare_image_information (position ids). Differs: "natural" is new; the
         authors know the released positions only.
     """
@@ -140,6 +143,11 @@ def _lay_out_row(
         grid = image.grid
         side, stride = grid.side or 0, grid.rows_per_crop
         rows = image.start + torch.arange(grid.num_tokens).view(grid.num_crops, stride)
+        if not is_light[rows].all():  # streams know padding among light rows only
+            raise ValueError(
+                f"attention_mask hides {int((~is_light[rows]).sum())} of the {rows.numel()} image "
+                f"tokens from column {image.start} on: hide whole images by leaving them out"
+            )
         is_light[rows[:, :-1].flatten()] = False
         counts = grid.crop_tokens or (stride - 1,) * grid.num_crops
         full[side] += [crop[:count] for crop, count in zip(rows, counts, strict=True)]

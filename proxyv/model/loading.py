@@ -38,12 +38,14 @@ class LoadingMixin:
 
         Raises:
             ValueError: fields, or a ``config.json``, that contradict the weights: another start
-                layer, kind of proxies, depth or width.
+                layer, kind of proxies, depth or width; or weights with holes. New modules may
+                only start anew as ``check_fit`` says, and none where a release is read.
         """
         name = pretrained_model_name_or_path
+        released = name is not None and is_release(name, **kwargs)
         if name is not None:
             check_saved_variant(name, kwargs)
-        if name is not None and is_release(name, **kwargs):
+        if released:
             fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
             kwargs |= read_release(name, fields, **kwargs)
             name = None
@@ -55,7 +57,8 @@ class LoadingMixin:
         )
         model, report = loaded
         source = pretrained_model_name_or_path or "the given state_dict"
-        check_fit(source, model.config, report, model.state_dict().keys(), sizes=not any_size)
+        expected = model.state_dict().keys()
+        check_fit(source, model.config, report, expected, sizes=not any_size, fresh=not released)
         model.freeze_unused()
         return (model, report) if report_wanted else model
 

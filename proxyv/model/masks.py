@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from proxyv.model.layout import SequenceLayout
 
@@ -89,10 +90,13 @@ def proxy_mask(layout: SequenceLayout, past_light_valid: Tensor | None = None) -
 def masked_attention(implementation: str) -> str:
     """The attention function that takes our masks, for the one that a configuration names.
 
-    Flash attention takes none: with it the short attentions of the ProxyV layers run through
-    ``sdpa``, while ordinary layers, which need no mask of ours, run through flash attention.
+    Flash attention takes none, whether it is installed or a kernel of the hub that transformers
+    puts in its place (``kernels-community/flash-attn2``): with it the short attentions of the
+    ProxyV layers run through ``sdpa``, while ordinary layers, which need no mask of ours, run
+    through flash attention.
     """
-    return "sdpa" if implementation.startswith("flash_attention") else implementation
+    flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    return "sdpa" if flash else implementation
 
 
 def to_backend(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:

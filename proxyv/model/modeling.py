@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from proxyv.config import ProxyVConfig
 from proxyv.model.card import ModelCardMixin
 from proxyv.model.generation import ImageGenerationMixin
-from proxyv.model.head import LanguageHead, supervised_rows
+from proxyv.model.head import LanguageHead, as_language_head, summed_loss, supervised_rows
 from proxyv.model.loading import LoadingMixin
 from proxyv.model.multimodal import ProxyVModel
 from proxyv.model.parts import parameter_part
@@ -192,7 +192,12 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
         rows, targets = supervised_rows(hidden, labels)
         num_items = kwargs.get("num_items_in_batch")
         count = torch.as_tensor(len(targets) if num_items is None else num_items)
-        return None, self.lm_head(rows, targets) / count.to(rows.device).clamp(min=1)
+        loss = summed_loss(self.lm_head, rows, targets)
+        return None, loss / count.to(rows.device).clamp(min=1)
+
+    def _get_resized_lm_head(self, *args: Any, **kwargs: Any) -> nn.Linear:
+        head = super()._get_resized_lm_head(*args, **kwargs)
+        return head if isinstance(head, LanguageHead) else as_language_head(head)
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

@@ -28,10 +28,9 @@ from proxyv.model.families import build_language_model
 from proxyv.model.image_spans import find_images
 from proxyv.model.layout import SequenceLayout
 from proxyv.model.layout_builder import build_layout
-from proxyv.model.parts import parameter_part
 from proxyv.model.streams import DecoderOptions
 from proxyv.model.vision import FEATURE_OPTIONS, ImageFeaturesMixin, build_projector
-from proxyv.model.window import real_rows
+from proxyv.model.window import past_length, real_rows
 from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["ProxyVModel"]
@@ -99,9 +98,10 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         for unused in ("mm_encoder_outputs", "return_dict"):
             kwargs.pop(unused, None)
         options = {name: kwargs.pop(name, None) for name in FEATURE_OPTIONS}
+        past = past_length(kwargs.get("past_key_values"))
         embeds, layout, image_features = self.embed(
             input_ids, pixel_values, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-            **options,
+            past=past, **options,
         )  # fmt: skip
         outputs = self.language_model(
             attention_mask=attention_mask, inputs_embeds=embeds, layout=layout, **kwargs
@@ -121,9 +121,10 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         *,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past: int = 0,
         **options: Any,
     ) -> tuple[Tensor, SequenceLayout | None, Tensor | None]:
-        """Make what the language model reads; arguments as for ``forward``.
+        """Make what the language model reads; arguments as for ``forward``, ``past`` rows cached.
 
         Returns:
             (B, S, D) rows; their layout, None without images and where the packing is that of
@@ -143,22 +144,26 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             self._refuse_missing_images(image_mask)
             return self._touch_unused(inputs_embeds), None, None
         images: Any = self.get_image_features(pixel_values, **options)
-        layout = self._lay_out(images.grids, image_mask, attention_mask)
+        layout = self._lay_out(images.grids, image_mask, attention_mask, past)
         features = torch.cat(images.pooler_output).to(inputs_embeds)
         return inputs_embeds.masked_scatter(image_mask[..., None], features), layout, features
 
     def _lay_out(
-        self, grids: Sequence[ImageGrid], image_mask: Tensor, attention_mask: Tensor | None
+        self,
+        grids: Sequence[ImageGrid],
+        image_mask: Tensor,
+        attention_mask: Tensor | None,
+        past: int,
     ) -> SequenceLayout | None:
         """The layout of a batch with images; None where the packing is that of the stock model.
 
         Raises:
-            ValueError: image tokens and images do not fit together.
+            ValueError: image tokens and images do not fit together, or a mask that hides some.
         """
         spans = find_images(image_mask, grids)
         if self.config.packing != "crops":
             return None
-        real = real_rows(attention_mask, image_mask)
+        real = real_rows(attention_mask, image_mask, past)
         return build_layout(
             spans,
             real,
@@ -188,17 +193,22 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             )
 
     def _touch_unused(self, embeds: Tensor) -> Tensor:
-        """Give modules that a batch without images does not run a zero gradient.
+        """Give projector and newline, which a batch without images does not run, a zero gradient.
 
         Data-parallel training waits for the same gradients from every process, also from one
-        whose batch happens to hold no image.
+        whose batch happens to hold no image. ProxyV layers see to their own modules.
         """
         if not (self.training and torch.is_grad_enabled()):
             return embeds
-        unused = [
-            parameter.flatten()[:1].sum()
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-            and parameter_part(name) in ("projector", "newline", "proxyv")
-        ]
+        unused = []
+        if self.image_newline.requires_grad:
+            unused.append(self.image_newline.sum())
+        if any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+            layers = self.config.vision_feature_layer
+            width = self.config.vision_config.hidden_size
+            width *= 1 if isinstance(layers, int) else len(layers)
+            # Called, not read: what shards its weights gathers them when it is called.
+            shape = (1, self.config.side**2, width)
+            crop = self.image_newline.new_zeros(shape, dtype=self.vision_tower.dtype)
+            unused.append(self.multi_modal_projector(crop).sum())
         return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds

@@ -44,11 +44,11 @@ def normalise(norm: Any, rows: Tensor) -> Tensor:
     """What a stock RMSNorm makes of (..., D), by one kernel where torch has one.
 
     That kernel rounds once, the stock module twice, so half precision differs in the last place.
-    Weights of another type than the rows, and weights that DeepSpeed may have sharded, are left
-    to the module.
+    Weights of another type than the rows, weights elsewhere (offloaded ones come when the module is
+    called), and weights that DeepSpeed may have sharded, are left to the module.
     """
     weight, epsilon = norm.weight, getattr(norm, "variance_epsilon", None)
     fused = rows.device.type in FUSED_NORM_DEVICES and weight.dtype == rows.dtype
-    if not fused or epsilon is None or hasattr(weight, "ds_id"):
+    if not fused or weight.device != rows.device or epsilon is None or hasattr(weight, "ds_id"):
         return norm(rows)
     return torch.nn.functional.rms_norm(rows, weight.shape, weight, epsilon)

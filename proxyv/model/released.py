@@ -76,7 +76,8 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
 
     Args:
         name: folder or hub id.
-        options: what ``from_pretrained`` was called with.
+        options: what ``from_pretrained`` was called with; fields of the configuration, or a whole
+            ``config``, as the Auto classes hand it on.
 
     Raises:
         ValueError: naming the option, its value and the value that it was saved with.
@@ -84,11 +85,14 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
     raw = _raw_config(name, options)
     if raw.get("model_type") != ProxyVConfig.model_type or raw.get("start_layer") is None:
         return
+    config = options.get("config")
     for option in ("start_layer", "skip", "proxy_kind", "learned_proxies", "guided_ratio"):
         found = raw.get(option, getattr(ProxyVConfig, option))
-        if option in options and options[option] != found:
+        wanted = getattr(config, option) if isinstance(config, ProxyVConfig) else found
+        wanted = options.get(option, wanted)
+        if wanted != found:
             raise ValueError(
-                f"{option}={options[option]!r} does not fit the weights of {name}, which were "
+                f"{option}={wanted!r} does not fit the weights of {name}, which were "
                 f"saved with {option}={found!r}: leave it out, or load another model"
             )
 
@@ -162,6 +166,7 @@ def release_parts(name: str | Path, **hub_options: Any) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_aspect_ratio": "anyres" if ratio.startswith("anyres") else ratio,
+        "crop_tokens": None if config.crop_tokens == config.side**2 else config.crop_tokens,
     }
 
 
@@ -281,19 +286,26 @@ def to_released_config(config: ProxyVConfig, image_aspect_ratio: str) -> dict[st
 
     Returns:
         The keys that the authors' code reads, CLIP-L/14-336 named as the tower. What it cannot
-        express (natural positions, average downsampling, another guided width, another tower)
-        stands under ``proxyv_options`` and ``proxyv_vision_config``, which only we read.
+        express (natural positions, average downsampling, another guided width, token reduction,
+        another tower) stands under ``proxyv_options`` and ``proxyv_vision_config``, which only we
+        read.
 
     Raises:
-        ValueError: layers that skip, a family or a packing that the authors' code does not have.
+        ValueError: layers that skip, a family, a packing or a projector that the authors' code
+            does not have.
     """
-    text = config.text_config
+    text, method = config.text_config, config.reduction_method
     if config.skip is not None:
         raise ValueError(f"skip={config.skip!r} has no released form: the authors' code has none")
     if text.model_type not in _CLASSES or config.packing != "crops":
         raise ValueError(
             f"text_config.model_type={text.model_type!r} with packing={config.packing!r} has no "
             f"released form: the authors' code has {', '.join(_CLASSES)}, with packing 'crops'"
+        )
+    if method is not None and method.weights:
+        raise ValueError(
+            f"reduction={config.reduction!r} has no released form: the authors' code has no module "
+            "for the weights of this method. Convert a model with a method without weights"
         )
     released_as = next(name for name, family in _FAMILIES.items() if family == text.model_type)
     pinpoints: Any = config.image_grid_pinpoints
@@ -304,6 +316,7 @@ def to_released_config(config: ProxyVConfig, image_aspect_ratio: str) -> dict[st
         "proxy_positions": "consecutive",
         "guided_ratio": None,
         "learned_proxies": None,
+        "reduction": None,
     }
     options = {
         name: getattr(config, name)
@@ -331,7 +344,7 @@ def to_released_config(config: ProxyVConfig, image_aspect_ratio: str) -> dict[st
         "image_aspect_ratio": image_aspect_ratio,
         "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
         "image_token_len_per_side": config.side,
-        "per_crop_token_len": config.side**2,
+        "per_crop_token_len": config.crop_tokens,
         "max_num_image_crops": max(h * w for h, w in pinpoints) // crop_px**2 + 1,
         "proxyv": config.start_layer is not None,
         "proxyv_start_layer": config.start_layer or 0,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from proxyv.model.decoder import ProxyVLayerMixin
 from proxyv.model.linear import FreshLinear
-from proxyv.model.streams import DecoderOptions, Streams
+from proxyv.model.streams import DecoderOptions, SplitRows, Streams
 
 __all__ = ["LightMLP", "SkipAttentionMixin", "SkipLayerMixin", "layer_that_skips"]
 
@@ -44,16 +44,28 @@ class LightMLP(nn.Module):
 
 
 class _WithoutProxies(ProxyVLayerMixin):
-    """A layer whose main stream holds light rows only."""
+    """A layer whose main stream holds light rows only.
+
+    Its class is made by ``layer_that_skips``, so pickles name what that was asked for.
+    """
+
+    made_from: tuple[Any, str]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_unpickled, self.made_from, *reduced[2:])
 
     def _add_modules(self, config: Any, options: DecoderOptions) -> list[nn.Module]:
         return []
 
     def _enter(self, hidden_states: Any, layout: Any) -> tuple[Tensor, Tensor, None]:
-        if isinstance(hidden_states, tuple):
-            return hidden_states[1], hidden_states[2], None
+        if isinstance(hidden_states, SplitRows):
+            return hidden_states.main, hidden_states.full, None
         light, full = layout.split(hidden_states)
         return light, full, None
+
+    def _run_added(self, row: Tensor) -> Tensor:
+        return row
 
 
 class SkipAttentionMixin(_WithoutProxies):
@@ -74,6 +86,9 @@ class SkipLayerMixin(_WithoutProxies):
     def _add_modules(self, config: Any, options: DecoderOptions) -> list[nn.Module]:
         self.light_mlp = LightMLP(config.hidden_size, options.guided_width)
         return [self.light_mlp]
+
+    def _run_added(self, row: Tensor) -> Tensor:
+        return self.light_mlp(row)
 
     def _update_full(
         self, full: Tensor, values: Tensor, proxies: Tensor, streams: Streams, splats: Any
@@ -99,4 +114,11 @@ def layer_that_skips(proxyv_layer: type[Any], skip: str | None) -> type[Any]:
         return proxyv_layer
     mixin = _MIXINS[skip]
     name = proxyv_layer.__name__.replace("ProxyV", mixin.__name__.removesuffix("Mixin"), 1)
-    return type(name, (mixin, proxyv_layer), {"__doc__": mixin.__doc__})
+    body = {"__doc__": mixin.__doc__, "__module__": __name__, "made_from": (proxyv_layer, skip)}
+    return type(name, (mixin, proxyv_layer), body)
+
+
+def _unpickled(proxyv_layer: Any, skip: str) -> Any:
+    """A layer without its state, which the pickle brings."""
+    made: Any = layer_that_skips(proxyv_layer, skip)
+    return made.__new__(made)

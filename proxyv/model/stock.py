@@ -11,6 +11,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from proxyv.config import ProxyVConfig
+from proxyv.model.fit import check_complete
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 
@@ -33,8 +34,15 @@ def read_stock(name: str, **options: Any) -> tuple[Any, ProxyVProcessor]:
 
     Returns:
         The model and its processor. Every tensor keeps its bits.
+
+    Raises:
+        ValueError: weights with holes, which transformers would fill at random.
     """
-    stock: Any = LlavaNextForConditionalGeneration.from_pretrained(name, **options)
+    loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(
+        name, output_loading_info=True, **options
+    )
+    stock, report = loaded
+    check_complete(name, report["missing_keys"])
     raw = stock.config.to_dict()
     for field in ("model_type", "architectures", "transformers_version"):
         raw.pop(field, None)

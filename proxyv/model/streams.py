@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from proxyv.model.layout import SequenceLayout
 if TYPE_CHECKING:
     from proxyv.reduction.base import DecoderReduction
 
-__all__ = ["DecoderOptions", "Streams", "WeightsTap"]
+__all__ = ["DecoderOptions", "SplitRows", "Streams", "WeightsTap"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,25 @@ class Streams:
             return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
 
         return Streams(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+class SplitRows(NamedTuple):
+    """What one ProxyV layer hands to the next in place of natural rows.
+
+    A tuple, natural rows first, so that checkpointing, hooks that spread a model over devices and
+    ``output_hidden_states`` find tensors where they look for them.
+
+    Attributes:
+        natural: (B, S, D) where hidden states are asked for, else None.
+        main: (B, P+L, D) proxies, then light rows; light rows alone where layers skip.
+        full: (B, F, D).
+        splats: matrices of learned proxies, None for spatial ones.
+    """
+
+    natural: Tensor | None
+    main: Tensor
+    full: Tensor
+    splats: tuple[Tensor, ...] | None
 
 
 class WeightsTap(nn.Module):

@@ -104,21 +104,16 @@ class ImageFeaturesMixin:
         run = self.vision_tower(crops, output_hidden_states=True, **options)
         states = run.hidden_states
         if isinstance(method, TowerReduction):
-            has_class = strategy == "default"
-            reduced = method.reduce(
-                tower_states(self.vision_tower, states, method, layer, has_class)
-            )
+            found = tower_states(self.vision_tower, states, method, layer, strategy == "default")
+            _check_patches(found.patches, side, strategy)
+            reduced = method.reduce(found)
             ragged = method.tokens_per_crop(side**2) is None
             return reduced.tokens, reduced.valid if ragged else None
         layers = [layer] if isinstance(layer, int) else list(layer)
         features = torch.cat([states[index] for index in layers], dim=-1)
         if strategy == "default":
             features = features[:, 1:]
-        if features.shape[1] != side**2:
-            raise ValueError(
-                f"the vision tower gives {features.shape[1]} tokens a crop, expected "
-                f"{side}**2; vision_feature_select_strategy is {strategy!r}"
-            )
+        _check_patches(features, side, strategy)
         return features, None
 
     def get_image_features(
@@ -182,6 +177,16 @@ class ImageFeaturesMixin:
         return list(self.multi_modal_projector(features).split(counts))
 
 
+def _check_patches(features: Tensor, side: int, strategy: str) -> None:
+    """Refuse features (N, n, W) that are not those of side x side patches."""
+    if features.shape[1] != side**2:
+        raise ValueError(
+            f"the vision tower gives {features.shape[1]} tokens a crop, expected {side}**2; "
+            f"vision_feature_select_strategy is {strategy!r}: use 'default' for a tower with a "
+            "class token, 'full' for one without"
+        )
+
+
 def _reserve_rows(
     images: list[Tensor], valid: Tensor, grids: Sequence[ImageGrid]
 ) -> tuple[list[Tensor], list[ImageGrid]]:
@@ -195,6 +200,9 @@ def _reserve_rows(
     Returns:
         (C, rows of a crop without its newline, D) of each image, and grids that know how many
         tokens each crop has.
+
+    Raises:
+        ValueError: more tokens than there are rows.
     """
     counts = valid.sum(dim=1).tolist()
     reserved, known, crop = [], [], 0
@@ -202,9 +210,14 @@ def _reserve_rows(
         own = slice(crop, crop + grid.num_crops)
         crop += grid.num_crops
         image = image * valid[own, :, None].to(image)
-        reserved.append(
-            nn.functional.pad(image, (0, 0, 0, grid.rows_per_crop - 1 - valid.shape[1]))
-        )
+        spare = grid.rows_per_crop - 1 - valid.shape[1]
+        if spare < 0:
+            raise ValueError(
+                f"a reduction method left {valid.shape[1]} tokens of a crop, for which "
+                f"{grid.rows_per_crop - 1} rows are reserved: it may not leave more than the "
+                "crop has patches"
+            )
+        reserved.append(nn.functional.pad(image, (0, 0, 0, spare)))
         known.append(dataclasses.replace(grid, crop_tokens=tuple(counts[own])))
     return reserved, known
 

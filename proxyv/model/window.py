@@ -39,13 +39,7 @@ class Window:
         if attention_mask is None:
             real = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
             return cls(real, real.new_ones(B, past), False)
-        _require_flat(attention_mask)
-        if attention_mask.shape[1] < past + S:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past} "
-                f"cached and {S} new ones: it must cover both"
-            )
-        mask = attention_mask.to(embeds.device).bool()[:, : past + S]
+        mask = _covered(attention_mask, past, S).to(embeds.device).bool()
         left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
         return cls(mask[:, past:], mask[:, :past], left)
 
@@ -93,24 +87,34 @@ def past_length(past_key_values: Cache | None, layer: int = 0) -> int:
     return 0 if past_key_values is None else int(past_key_values.get_seq_length(layer))
 
 
-def real_rows(attention_mask: Tensor | None, image_mask: Tensor) -> Tensor:
+def real_rows(attention_mask: Tensor | None, image_mask: Tensor, past: int) -> Tensor:
     """(B, S) False where one of the new rows, those of ``image_mask``, is padding.
 
     Raises:
-        ValueError: a prepared mask.
+        ValueError: a prepared mask, or one that is too short.
     """
     if attention_mask is None:
         return torch.ones_like(image_mask)
-    _require_flat(attention_mask)
-    return attention_mask[:, -image_mask.shape[1] :].bool().to(image_mask.device)
+    mask = _covered(attention_mask, past, image_mask.shape[1])
+    return mask[:, past:].bool().to(image_mask.device)
 
 
-def _require_flat(attention_mask: Tensor) -> None:
+def _covered(attention_mask: Tensor, past: int, length: int) -> Tensor:
+    """The part (B, past + length) of a mask that says something of cached and new rows.
+
+    It may go on behind them: a static cache has more places than rows.
+    """
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has {attention_mask.dim()} dimensions: with images it must be "
             "(B, tokens)"
         )
+    if attention_mask.shape[1] < past + length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past} "
+            f"cached and {length} new ones: it must cover both"
+        )
+    return attention_mask[:, : past + length]
 
 
 def plain_rows(
@@ -155,7 +159,8 @@ def remember_full_rows(
     if known.shape[0] != B:
         raise ValueError(
             f"the cache was filled with images in a batch of {known.shape[0]}, now the batch is "
-            f"{B}: start a new cache"
+            f"{B}: start a new cache, or repeat the samples of a GrowingCache, which the model "
+            "makes and which keeps count of them"
         )
     known = nn.functional.pad(known[:, :past], (0, past - min(past, known.shape[1])))
     new = layout.full_rows

@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -131,7 +131,8 @@ class Report:
         columns = list(self.rows[0])
         for column in columns:
             text = isinstance(self.rows[0][column], str)
-            side = "left" if text else "right"  # names may take two lines, numbers not
+            side: Literal["left", "right"] = "left" if text else "right"
+            # Names may take two lines, numbers not.
             table.add_column(column, justify=side, no_wrap=not text, overflow="fold")
         for row in self.rows:
             table.add_row(*[_cell(row[column]) for column in columns])

@@ -86,8 +86,15 @@ def decoder_heads(
         Query (B, H, R, h) and key (B, K, S, h).
 
     Raises:
-        ValueError: a layer that projects in none of the ways known here.
+        ValueError: a layer that projects in none of the ways known here, or whose weights FSDP2
+            gathers in its forward only.
     """
+    if hasattr(getattr(layer.input_layernorm, "weight", None), "full_tensor"):  # a DTensor
+        raise ValueError(
+            "token reduction inside the decoder asks a layer for scores before it runs, when "
+            "FSDP2 (fully_shard) has not gathered its weights: use DeepSpeed ZeRO, or shard the "
+            "model as a whole"
+        )
     normed = layer.input_layernorm(hidden)
     asking = normed if index is None else take_rows(normed, index)
     attn = layer.self_attn

@@ -67,7 +67,7 @@ def run_reduced(
         (B, S', D) and what these rows are; ``Rows.restore`` puts them back among S.
 
     Raises:
-        ValueError: images in a prompt that continues a cache.
+        ValueError: images in a prompt that continues a cache, or a cache of another batch.
     """
     cached = past_length(past_key_values)
     if rows is None:
@@ -102,7 +102,7 @@ def _continue(
     if stages is not None and stages[0].valid.shape[0] != B:
         raise ValueError(
             f"the cache was filled in a batch of {stages[0].valid.shape[0]}, now the batch is {B}: "
-            "start a new cache"
+            "start a new cache, or repeat the samples of a GrowingCache, which the model makes"
         )
     if attention_mask is None:
         attention_mask = hidden.new_ones(B, cached + S)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from proxyv.model.layout import CropGroup, SequenceLayout, take_rows
-from proxyv.model.streams import Streams
+from proxyv.model.streams import SplitRows, Streams
 from proxyv.reduction.attention import decoder_heads
 from proxyv.reduction.base import DecoderReduction
 from proxyv.reduction.rows import Rows, select
@@ -116,11 +116,11 @@ class Prompt:
 
     def natural(self) -> Tensor:
         """(B, S', D) the rows in their order, without proxies."""
-        if not isinstance(self.hidden, tuple):
+        if not isinstance(self.hidden, SplitRows):
             return self.hidden
-        _, main, full, _ = self.hidden
         assert self.layout is not None, "streams without a layout"
-        return self.layout.join(main[:, main.shape[1] - self.layout.light_index.shape[1] :], full)
+        main, num_light = self.hidden.main, self.layout.light_index.shape[1]
+        return self.layout.join(main[:, main.shape[1] - num_light :], self.hidden.full)
 
     def choose(self, number: int, index: int) -> Tensor:
         """What drop ``number`` leaves, judged by layer ``index``: (B, S') bool."""
@@ -136,13 +136,13 @@ class Prompt:
             self.layout, chosen = self.layout.keep(kept & before.valid, index)
             if renumber:
                 self.anchors = self.rows.positions.gather(1, self.layout.proxy_anchor)
-        if isinstance(self.hidden, tuple):
+        if isinstance(self.hidden, SplitRows):
             assert self.layout is not None, "streams without a layout"
             _, main, full, splats = self.hidden
             full = take_rows(full, chosen).masked_fill(~self.layout.full_valid[..., None], 0)
             if splats is not None:
                 splats = _keep_splats(splats, chosen, groups, self.layout.groups)
-            self.hidden = (None, main, full, splats)
+            self.hidden = SplitRows(None, main, full, splats)
         else:
             # Padding is zero, so that no value of a dropped row lives on in it.
             padding = ~self.rows.valid[..., None]
@@ -155,7 +155,7 @@ class Prompt:
         if not renumbered:
             shift = self.stages[-1].shift if self.stages else shift * 0
         self.stages.append(StageState(self.rows.valid, shift))
-        some = self.hidden[1] if isinstance(self.hidden, tuple) else self.hidden
+        some = self.hidden.main if isinstance(self.hidden, SplitRows) else self.hidden
         self.rope = self.model.rotary_emb(some, position_ids=self.rows.positions)
         self.mask, self.streams = None, None
 
@@ -164,7 +164,7 @@ class Prompt:
         layer, rows = self.model.layers[index], self.rows
         if self.proxies is not None and index >= self.proxies.start:
             assert self.layout is not None, "ProxyV layers without a layout"
-            some = self.hidden[1] if isinstance(self.hidden, tuple) else self.hidden
+            some = self.hidden.main if isinstance(self.hidden, SplitRows) else self.hidden
             if index == self.proxies.start:
                 self.layout = self.layout.without_empty_crops()
             if self.streams is None or index == self.proxies.start:
@@ -173,7 +173,7 @@ class Prompt:
                 self.hidden, streams=self.streams, past_key_values=self.cache, **kwargs
             )
             return
-        assert not isinstance(self.hidden, tuple), "an ordinary layer behind a ProxyV layer"
+        assert not isinstance(self.hidden, SplitRows), "an ordinary layer behind a ProxyV layer"
         if self.mask is None:  # None too where nothing is hidden
             self.mask = stage_mask(self.model, self.hidden, rows.valid, self.cache, index)
         self.hidden = run_layer(

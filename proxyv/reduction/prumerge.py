@@ -3,12 +3,12 @@
 Per crop, before the projector. How many patches stay follows from the image: those whose
 attention lies above the third quartile by more than 1.5 interquartile ranges. PruMerge+ adds
 evenly spaced patches. Every kept patch takes in the attention-weighted sum of the patches whose
-keys are most like its own, and one more token sums up all that was pruned.
+keys are most like its own, and one more token sums up all that was pruned, where anything was.
 
 Source: LLaVA-PruMerge (ICCV 2025), section 3, and its published code. Differs: any batch, counts
     crop by crop; at least one patch stays where no attention stands out; spatial steps are at
     least 1; patches are never taken twice, so the training variant of "+" with its repeated
-    patches is not offered.
+    patches is not offered; a crop that keeps every patch has no token that sums up nothing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PruMerge(TowerReduction):
         """Kept patches and the extra token, or None where the image decides."""
         if self.ratio is None or self.plus:
             return None
-        return max(1, int(num_patches * self.ratio)) + 1
+        return min(max(1, int(num_patches * self.ratio)) + 1, num_patches)
 
     def reduce(self, states: TowerStates) -> CropTokens:
         """Reduce every crop.
@@ -148,7 +148,8 @@ def merge_neighbours(
         neighbours: how many other patches, kept or not, a kept one takes in.
 
     Returns:
-        Kept patches and one token for all others, which is last.
+        Kept patches and one token for all others, which is last; never more than n tokens, since
+        where all are kept there are no others.
     """
     N, n, _ = patches.shape
     counts = kept.sum(dim=1)
@@ -172,5 +173,6 @@ def merge_neighbours(
     tokens = tokens.scatter(
         1, counts[:, None, None].expand(-1, -1, tokens.shape[-1]), rest[:, None]
     )
-    numbers = torch.arange(most + 1, device=patches.device)
+    tokens, origin = tokens[:, :n], origin[:, :n]
+    numbers = torch.arange(tokens.shape[1], device=patches.device)
     return CropTokens(tokens, numbers <= counts[:, None], origin)

@@ -6,7 +6,7 @@ decoding has to know about the stages lies on the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class StageState:
 
     valid: Tensor
     shift: Tensor
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> StageState:
+        """The same of other samples: ``change`` takes (B, ...) to (B', ...)."""
+        return StageState(change(self.valid), change(self.shift))
 
 
 def stages_of(past_key_values: Cache | None) -> tuple[StageState, ...] | None:
