@@ -81,6 +81,27 @@ def test_broken_json_names_file_and_row(tmp_path):
         JsonSource(path, ImageFolder(None))
 
 
+@pytest.mark.parametrize("block", [1 << 22, 7])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{}, {}", "no ']' after 2 rows; is the file complete"),
+        ("[{}, {},\n", "no ']' after 2 rows"),
+        ("[", "no ']' after 0 rows"),
+        ("[{}]\n[{}, {}]", "something follows the last of 1 rows, at byte 5"),
+        ("[{}] x", "something follows the last of 1 rows, at byte 5"),
+        ("{}\n{}]", "something follows the last of 2 rows, at byte 5"),
+    ],
+)
+def test_a_cut_list_and_a_second_one_are_refused(tmp_path, monkeypatch, text, message, block):
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", block)
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        JsonSource(tmp_path / "rows.json", ImageFolder(None))
+    (tmp_path / "rows.json").write_text(" [{}, {}] \n\n")
+    assert len(JsonSource(tmp_path / "rows.json", ImageFolder(None))) == 2
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
