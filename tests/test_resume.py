@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_training import make_backbones, make_rows, overrides
 from transformers import TrainerCallback
 
+from proxyv.data import scan
 from proxyv.train import run
 from proxyv.train.checkpoints import MANIFEST, CheckpointError, Checkpoints, find_checkpoints
 from proxyv.train.config_files import load_settings
@@ -260,6 +261,26 @@ def test_sigterm_to_the_command_saves_though_every_process_gets_it(world, tmp_pa
     assert "stopped by signal 15 after step" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert len(find_checkpoints(folder)) == 1
+
+
+def test_sigterm_in_the_look_at_the_rows_keeps_what_was_seen(world, tmp_path, monkeypatch):
+    settings = settings_for(world, tmp_path / "run", **{"data.group_by_length": True})
+    seen: list[int] = []
+    measure = run.ConversationDataset.measure
+
+    def told_at_the_fifth(self, index):
+        seen.append(index)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, index)
+
+    monkeypatch.setattr(scan, "_BATCH", 2)
+    monkeypatch.setattr(run.ConversationDataset, "measure", told_at_the_fifth)
+    with pytest.raises(Interrupted, match="look at the rows, broken off after 6 of 12") as caught:
+        run.train(settings)
+    assert caught.value.number == signal.SIGTERM and not (tmp_path / "run").exists()
+    run.train(settings)
+    assert seen == list(range(12))
 
 
 @pytest.mark.slow

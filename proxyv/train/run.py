@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from proxyv.data.failures import FailureLog
 from proxyv.data.pipeline import ImagePipeline
 from proxyv.data.readers import Source
 from proxyv.data.sampler import GroupedSampler, LaneSampler, RowSampler
-from proxyv.data.scan import scan_rows
+from proxyv.data.scan import ScanStopped, scan_rows
 from proxyv.data.sources import open_source
 from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
@@ -43,7 +44,7 @@ from proxyv.train.config_files import settings_yaml, write_atomically
 from proxyv.train.lock import only_run
 from proxyv.train.progress import MetricsFile, Progress
 from proxyv.train.settings import Settings, walk
-from proxyv.train.signals import Interrupted, StopOnSignal
+from proxyv.train.signals import Interrupted, StopOnSignal, start_worker
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
@@ -164,7 +165,7 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
         data.limit,
         data.on_failure,
     )
-    sampler, report = _order(settings, dataset, folder.parent / ".rows", ranks)
+    sampler, report = _order(settings, dataset, folder.parent / ".rows", ranks, stop)
     steps = total_steps(settings, len(dataset), ranks)
     if data.expected_rows not in (None, len(source)):
         say(f"note: {len(source):,} rows, where data.expected_rows={data.expected_rows:,}")
@@ -179,9 +180,13 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
 
 
 def _order(
-    settings: Settings, dataset: ConversationDataset, cache: Path, ranks: int
+    settings: Settings, dataset: ConversationDataset, cache: Path, ranks: int, stop: StopOnSignal
 ) -> tuple[RowSampler, DataReport]:
-    """The order of rows; where it goes by length every row is measured, once for all runs."""
+    """The order of rows; where it goes by length every row is measured, once for all runs.
+
+    Raises:
+        Interrupted: SIGTERM came meanwhile; what was measured is kept.
+    """
     data, seed = settings.data, settings.run.seed
     if not data.group_by_length:
         report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
@@ -191,7 +196,20 @@ def _order(
         lanes = ranks * max(data.workers, 1)
         return LaneSampler(blocks[: len(dataset)], settings.optim.micro_batch, lanes, seed), report
     with only_run(cache, wait_seconds=math.inf):  # one rank measures, the others find its table
-        facts = scan_rows(dataset, data.workers, cache)
+        try:
+            facts = scan_rows(
+                dataset,
+                data.workers,
+                cache,
+                start_worker=partial(start_worker, None),
+                stopped=lambda: bool(stop.received),
+            )
+        except ScanStopped as error:
+            raise Interrupted(
+                stop.received,
+                f"stopped by signal {stop.received} in the look at the rows, {error}; the same "
+                "command goes on from there",
+            ) from error
     report = report_rows(dataset, facts, data.max_unsupervised_share)
     micro = settings.optim.micro_batch
     return GroupedSampler(facts["tokens"], facts["images"] > 0, micro, ranks, seed), report
