@@ -60,6 +60,7 @@ def open_data(settings: Settings) -> Source:
         streaming=data.streaming,
         max_megapixels=data.max_megapixels,
         follow_links=data.follow_links,
+        squared=data.image_aspect_ratio == "pad",
     )
 
 
