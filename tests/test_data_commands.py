@@ -173,6 +173,27 @@ def test_a_question_that_is_an_image_is_not_empty(tmp_path, capsys):
     assert report["faults"] == {"empty turn": 1} and "(id 'm')" in str(report["examples"])
 
 
+@pytest.mark.parametrize("words", [["--fast"], ["--json"], []])
+def test_half_a_surrogate_pair_is_found_wherever_it_is(tmp_path, capsys, words):
+    half = "x\ud83d"
+    rows = [
+        row("a", None),
+        row("b", None, answer=half),
+        row("c", half),
+        row(half, None, answer="c"),
+    ]
+    rows += [row("e", None, answer="e", data_source=half), row("f", None, answer="f", note=half)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [*words, "--annotations", str(tmp_path / "rows.json"), "--workers", "0"]
+    clean = tmp_path / "clean.jsonl"
+    assert main(["check", *words, "--images", str(tmp_path), "--write-clean", str(clean)]) == 1
+    said = capsys.readouterr().out
+    said.encode()
+    assert "(id 'b')" in said and "(id 'c')" in said and "unreadable row" in said
+    kept = open_source(str(clean), str(tmp_path))
+    assert [kept.record(number) for number in range(len(kept))] == [rows[0], *rows[3:]]
+
+
 def test_rows_of_parquet_are_checked_and_listed_by_number(tmp_path, capsys):
     import datasets
 

@@ -119,6 +119,11 @@ def test_a_cut_list_and_a_second_one_are_refused(tmp_path, monkeypatch, text, me
         ({"conversations": ["hello"]}, "field 'conversations'"),
         ({"conversations": [*SAID, SAID[1]], "image": "a"}, "two messages in a row from 'assist"),
         ([1], "expected an object, got list"),
+        (
+            {"conversations": [SAID[0], SAID[1] | {"value": "ab \ud83d"}], "image": "a"},
+            r"'conversations': message 1 \(from 'gpt'\): character 3 .* is '\\ud83d', half of a",
+        ),
+        ({"conversations": SAID, "image": "\udc00.png"}, r"field 'image': '\\udc00\.png' is no"),
     ],
 )
 def test_bad_rows_name_the_offender(record, message):

@@ -160,6 +160,13 @@ def test_unknown_role_and_missing_text_are_named():
         as_turns([{"from": "human", "value": 3}])
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"message 0 \(from 'user'\): character 2 .*'\\udc4b'"):
+        render([Turn("user", "hi\udc4b"), Turn("assistant", "A")], tokenizer, "tiny")
+    whole = [Turn("user", "hi\U0001f44b"), Turn("assistant", "A")]
+    assert render(whole, tokenizer, "tiny").num_supervised == 2
+
+
 def test_unknown_template_names_the_nearest(tokenizer):
     with pytest.raises(ValueError, match="unknown template 'tinny': did you mean 'tiny'"):
         template_of(tokenizer, "tinny")

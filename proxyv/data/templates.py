@@ -90,11 +90,12 @@ def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
             gpt, system) or with ``role`` and ``content`` (roles user, assistant, system).
 
     Raises:
-        ValueError: a message has no text, or a role nobody knows.
+        ValueError: a message has no text, text that is no Unicode, or a role nobody knows.
     """
     turns: list[Turn] = []
     for number, message in enumerate(conversation):
         if isinstance(message, Turn):
+            _check_unicode(f"message {number} (from {message.role!r})", message.text)
             turns.append(message)
             continue
         role = message.get("from", message.get("role"))
@@ -105,8 +106,20 @@ def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
             raise ValueError(
                 f"message {number} (from {role!r}): the text must be a string, got {text!r}"
             )
+        _check_unicode(f"message {number} (from {role!r})", text)
         turns.append(Turn(_ROLES[role], text))
     return turns
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start} of the text is {text[error.start]!a}, half of a "
+            "surrogate pair and no Unicode; write the whole character, or leave it out"
+        ) from error
 
 
 def template_of(tokenizer: Any, name: str = "auto") -> Template:
