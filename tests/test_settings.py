@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,50 @@ def test_override_values_are_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["2026_10_01", "/tmp/a #b", "no", "1e3", "007", "a: b", "[x", "0x10", "a=b", "None", " "],
+)
+def test_text_on_the_command_line_is_taken_as_it_is(tmp_path, text):
+    settings = load(tmp_path, "", f"run.output_dir={text}", f"model.name={text}")
+    assert (settings.run.output_dir, settings.model.name) == (text, text)
+    quoted = load(tmp_path, "", f"run.output_dir={json.dumps(text)}", f"model.name='{text}'")
+    assert (quoted.run.output_dir, quoted.model.name) == (text, text)
+
+
+def test_null_and_nothing_are_no_text(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: {images: a}\n")
+    for override, images in (("null", None), ("", None), ('"null"', "null"), ("NULL", "NULL")):
+        settings = load(tmp_path, "base: base.yaml\n", f"data.images={override}")
+        assert settings.data.images == images
+    with pytest.raises(ValueError, match=r"model\.name=null': model\.name: .*not Optional"):
+        load(tmp_path, "", "model.name=null")
+
+
+def test_a_mapping_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {reduction: {method: fastv, layer: 2}}\n")
+
+    def reduction(text: str, *overrides: str):
+        return load(tmp_path, f"base: base.yaml\n{text}", *overrides).model.reduction
+
+    pooled = {"method": "average_pool", "block": 2}
+    assert reduction("") == {"method": "fastv", "layer": 2}
+    assert reduction("model: {reduction: {}}\n") == {}
+    assert reduction("", "model.reduction={}") == {}
+    assert reduction("model: {reduction: {method: average_pool, block: 2}}\n") == pooled
+    assert reduction("", "model.reduction={method: average_pool, block: 2}") == pooled
+    only = reduction("", "model.reduction.layer=3", "model.reduction.ratio=0.5")
+    assert only == {"method": "fastv", "layer": 3, "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.lr.x=1", r"optim\.lr is one value, and has no 'x'"),
+        (
+            "model.reductn.x=1",
+            r"unknown setting 'model\.reductn\.x': did you mean 'model\.reduction",
+        ),
+        ("data.image_grid_pinpoints=[[336", "override .*: not valid YAML"),
         ("optim.lrr=1", r"unknown setting 'optim\.lrr': did you mean 'optim\.lr'"),
         ("optm.lr=1", r"no section 'optm': did you mean 'optim\.lr'"),
         ("lr=1", r"no section 'lr': did you mean 'optim\.lr'"),
