@@ -194,6 +194,33 @@ def test_other_settings_do_not_go_on(stopped):
         run.train(stopped)
 
 
+@pytest.mark.parametrize("change", ["fewer", "order"])
+def test_other_rows_do_not_go_on(world, tmp_path, uninterrupted, monkeypatch, change):
+    path, text = tmp_path / "rows.json", (world / "rows.json").read_text()
+    path.write_text(text)
+    settings = settings_for(world, tmp_path / "run", **{"data.annotations": path})
+    with pytest.raises(ZeroDivisionError):
+        train_with(monkeypatch, settings, At(5, lambda: 1 / 0))
+    rows = json.loads(text)
+    path.write_text(json.dumps(rows[4:] if change == "fewer" else rows[::-1]))
+    said = "rows=12 then, 8 now" if change == "fewer" else r"\(fingerprint=\w+ then, \w+ now\)"
+    with pytest.raises(CheckpointError, match=f"over other rows .*{said}.*put back what was"):
+        run.train(settings)
+    path.write_text(text)
+    run.train(settings)
+    check_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_checkpoint_that_says_nothing_of_its_rows_goes_on(stopped, tmp_path, uninterrupted):
+    """As those of earlier versions of this package."""
+    for _, path in find_checkpoints(tmp_path / "run"):
+        manifest = json.loads((path / MANIFEST).read_text())
+        assert manifest.pop("data")["rows"] == 12
+        (path / MANIFEST).write_text(json.dumps(manifest))
+    run.train(stopped)
+    check_same(tmp_path / "run", uninterrupted)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(
     world, uninterrupted, tmp_path, monkeypatch, capsys
 ):

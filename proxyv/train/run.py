@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -255,7 +256,9 @@ def _trainer(
         settings,
         sampler,
         FailureLog(folder / "failures.txt"),
-        checkpoints=Checkpoints(folder, run.keep_checkpoints, identity(settings, ranks)),
+        checkpoints=Checkpoints(
+            folder, run.keep_checkpoints, identity(settings, ranks), data=_data_facts(dataset)
+        ),
         model=built.model,
         args=training_arguments(settings, folder, len(dataset), ranks),
         train_dataset=dataset,
@@ -281,6 +284,12 @@ def identity(settings: Settings, ranks: int) -> dict[str, Any]:
     if settings.data.streaming:
         fixed["data.workers"] = settings.data.workers  # the order of streamed rows depends on it
     return {**fixed, "ranks": ranks}
+
+
+def _data_facts(dataset: ConversationDataset) -> dict[str, Any]:
+    """What the rows of a run are known by."""
+    digest = hashlib.sha256(dataset.source.fingerprint.encode()).hexdigest()
+    return {"rows": len(dataset), "fingerprint": digest[:16]}
 
 
 def _pad_token_id(built: Built) -> int:
