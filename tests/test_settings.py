@@ -87,6 +87,11 @@ def test_a_mapping_is_replaced_as_a_whole(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.epochs=0", r"optim\.epochs=0\.0 is out of range: it must be at least 1e-06"),
+        ("optim.epochs=.inf", r"optim\.epochs=inf is out of range: it must be finite"),
+        ("optim.lr=.inf", r"optim\.lr=inf is out of range: it must be finite"),
+        ("model.vision_feature_layer=abc", r"model\.vision_feature_layer=abc: expected the number"),
+        ("model.vision_feature_layer=[-2, x]", r"vision_feature_layer=\[-2, 'x'\]: expected"),
         ("optim.lr.x=1", r"optim\.lr is one value, and has no 'x'"),
         (
             "model.reductn.x=1",
@@ -172,6 +177,21 @@ def test_steps(tmp_path, rows, ranks, drop_last, steps):
     batch = "optim.global_batch=512" if ranks == 8 else "optim.global_batch=16"
     settings = load(tmp_path, "", batch, f"data.drop_last={drop_last}")
     assert total_steps(settings, rows, ranks) == steps
+
+
+def test_limits_may_be_infinite_and_layers_several(tmp_path):
+    given = ("optim.max_grad_norm=.inf", "data.max_megapixels=.inf")
+    settings = load(tmp_path, "", *given, "model.vision_feature_layer=[12, 16]")
+    assert settings.optim.max_grad_norm == settings.data.max_megapixels == float("inf")
+    assert settings.model.vision_feature_layer == [12, 16]
+
+
+@pytest.mark.parametrize("more", [[], ["optim.max_steps=3"]])
+def test_dropping_the_last_rows_may_not_drop_all(tmp_path, more):
+    settings = load(tmp_path, "", "data.drop_last=true", *more)
+    assert total_steps(settings, 32, 2) == (3 if more else 1)
+    with pytest.raises(ValueError, match=r"data\.drop_last=true: 31 rows .* of 16 .* of 2 ranks"):
+        total_steps(settings, 31, 2)
 
 
 def test_global_batch_must_be_dealt_evenly(tmp_path):
