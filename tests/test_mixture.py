@@ -147,7 +147,8 @@ def dataset(source, **how) -> ConversationDataset:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
+def test_lengths_of_every_row_are_what_training_sees(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(scan, "_BATCH", 2)
     (tmp_path / "a.png").write_bytes(png())
     records = [
         record("short"),
@@ -157,7 +158,9 @@ def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
     ]
     source = JsonSource(Path(write_json(tmp_path / "r.jsonl", records)), ImageFolder(tmp_path))
     data = dataset(source, on_failure="skip")
+    drawn = torch.random.get_rng_state()
     table = scan_rows(data, workers, cache=tmp_path / "cache")
+    assert (torch.random.get_rng_state() == drawn).all()
     assert table.dtype == FACTS
     assert table["failed"].tolist() == [False, False, False, True]
     assert table["images"].tolist() == [0, 1, 0, 0]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from proxyv.data.dataset import FACTS, ConversationDataset
@@ -83,6 +84,7 @@ def scan_rows(
         num_workers=workers if len(rows) > _BATCH else 0,
         collate_fn=_table,
         worker_init_fn=start_worker,
+        generator=torch.Generator(),  # a run draws the same numbers whether it finds a table or not
     )
     done = 0
     for facts in loader:
