@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_training import break_token, make_backbones, make_rows, overrides
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
@@ -164,8 +165,6 @@ def test_a_run_is_a_complete_model_folder(two_stages):
     assert template_of(processor.tokenizer).name == "tiny"
     assert processor.image_aspect_ratio == "pad"
     assert model.config.start_layer == 1 and model.config.text_config.use_cache
-    from PIL import Image
-
     inputs = processor(
         images=[Image.new("RGB", (40, 30), "red")],
         text=["<s><|user|><image>\nWhich colour?<|assistant|>"],
@@ -358,6 +357,20 @@ def test_bad_rows_stop_a_run_before_it_trains(world, tmp_path, monkeypatch, reco
         in_process(monkeypatch, settings)
     assert f"row 0 (id {record['id']!r})" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_pad_makes_no_square_beyond_the_limit(world, tmp_path, monkeypatch):
+    Image.new("RGB", (1200, 2)).save(world / "images" / "wide.png")
+    record = {"id": "w", "image": "images/wide.png", "conversations": SAID}
+    given = {**broken(world, tmp_path, record), "data.max_megapixels": 1}
+    for ratio, squared in (("pad", True), ("anyres", False)):
+        settings = settings_for(world, **given, **{"data.image_aspect_ratio": ratio})
+        [image] = run.open_data(settings)[0].images
+        if squared:
+            with pytest.raises(DataError, match="put on a square of 1200 x 1200"):
+                in_process(monkeypatch, settings)
+        else:
+            assert image.load().size == (1200, 2)
 
 
 def test_a_bad_row_is_one_line_and_an_exit_code(world, tmp_path):
