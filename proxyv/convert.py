@@ -44,7 +44,7 @@ from proxyv.model.internlm2 import convert_internlm2
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 from proxyv.model.released import is_release, read_tokenizer, read_weights, to_released_config
-from proxyv.model.stage1 import load_stage1, read_stage1, write_stage1
+from proxyv.model.stage1 import load_stage1, read_stage1, stage1_facts, write_stage1
 from proxyv.model.stock import read_stock, suggested_template
 
 __all__ = ["main"]
@@ -207,7 +207,7 @@ def _stage1(args: argparse.Namespace) -> str:
                 f"OUT {args.out}: a stage-1 file becomes a .safetensors or a .bin file, or with "
                 "--vision and --language a folder"
             )
-        write_stage1(read_stage1(source, start), args.out, start)
+        write_stage1(read_stage1(source, start), args.out, start, _facts(source))
         return f"stage-1 file, start_layer={start}"
     if args.vision is None or args.language is None:
         raise CommandError("--vision and --language belong together: name both")
@@ -216,13 +216,12 @@ def _stage1(args: argparse.Namespace) -> str:
 
 def _join(args: argparse.Namespace, source: Path, start: int | None) -> str:
     """Backbones and a stage-1 file become a folder of this package."""
-    raw = _config_beside(source)
     tokenizer = read_tokenizer(args.language)
     options = {
+        "layout": "natural",
+        **_facts(source),
         "start_layer": start,
-        "side_reduction": raw.get("proxyv_reduce_factor", 4),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        "layout": "released" if source.suffix == ".bin" else "natural",
     }
     state = read_stage1(source, start)
     queries = [t for name, t in state.items() if name.endswith("proxy_initializer.queries")]
@@ -244,6 +243,12 @@ def _join(args: argparse.Namespace, source: Path, start: int | None) -> str:
     )
     _save(model, processor, args)
     return f"ProxyV as stage 1 leaves it, start_layer={start}, layout {options['layout']}"
+
+
+def _facts(source: Path) -> dict[str, Any]:
+    """How the model of a stage-1 file was built, from the file and its ``config.json``."""
+    beside = _config_beside(source).get("proxyv_reduce_factor")
+    return ({} if beside is None else {"side_reduction": beside}) | stage1_facts(source)
 
 
 def _config_beside(source: Path) -> dict[str, Any]:

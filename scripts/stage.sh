@@ -1,6 +1,6 @@
 # Sourced by pretrain.sh and finetune.sh, which set stage: finds the preset and the ranks, and runs.
 #
-# Arguments: [preset] [section.name=value ...] [--dry-run]
+# Arguments: [preset] [section.name=value ...] [--dry-run], or --help for all settings
 # Environment: NPROC, the number of ranks here (default: the visible GPUs, or 1 without one and for the
 #   small model); for
 #   several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or what srun sets (slurm.sh).
@@ -11,7 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 visible_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[^[:space:]]' || true
+        # As CUDA reads it: what follows a negative number is not visible either.
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | sed '/^[[:space:]]*-/,$d' | grep -c '[^[:space:]]' || true
     else
         { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true
     fi
@@ -19,6 +20,11 @@ visible_gpus() {
 
 gpus=$(visible_gpus)
 case "${1:-}" in
+    -h | --help)
+        . scripts/env.sh
+        ensure_env train
+        exec python -m proxyv.train "$@"
+        ;;
     '' | -* | *=*)
         if [ "$gpus" -gt 0 ]; then
             {

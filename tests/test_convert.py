@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -385,7 +386,7 @@ def test_a_stock_checkpoint_with_proxies_is_refused(llava_next, tmp_path) -> Non
 
 @pytest.mark.parametrize("kind", ["spatial", "learned"])
 def test_stage1_files_of_both_forms(kind, tmp_path) -> None:
-    options = {"start_layer": 2, "proxy_kind": kind}
+    options = {"start_layer": 2, "proxy_kind": kind, "layout": "released"}
     model, other = tiny_model(**options), tiny_model(seed=1, **options)
     save_stage1(model, tmp_path / "mm_projector.bin")
     names = set(torch.load(tmp_path / "mm_projector.bin", weights_only=True))
@@ -406,13 +407,28 @@ def test_stage1_files_of_both_forms(kind, tmp_path) -> None:
     assert not torch.equal(other.model.image_newline, model.model.image_newline)
 
 
+def test_a_bin_file_joined_in_one_step_or_in_two_is_the_same_model(tmp_path) -> None:
+    model = tiny_model(start_layer=2, layout="released")
+    save_stage1(model, tmp_path / "mm_projector.bin")
+    model.model.vision_tower.save_pretrained(tmp_path / "vision")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "language")
+    character_tokenizer().save_pretrained(tmp_path / "language")
+    backbones = ("--vision", tmp_path / "vision", "--language", tmp_path / "language")
+    convert(tmp_path / "mm_projector.bin", tmp_path / "one", "--start-layer", 2, *backbones)
+    convert(tmp_path / "mm_projector.bin", tmp_path / "s.safetensors", "--start-layer", 2)
+    convert(tmp_path / "s.safetensors", tmp_path / "two", *backbones)
+    one, two = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("one", "two"))
+    assert one == two and one["layout"] == "released"
+
+
 def test_stage1_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path) -> None:
-    model, baseline = tiny_model(start_layer=2), tiny_model(start_layer=None)
+    made = partial(tiny_model, layout="released")
+    model, baseline = made(start_layer=2), made(start_layer=None)
     for suffix in ("bin", "safetensors"):
         save_stage1(model, tmp_path / f"two.{suffix}")
         save_stage1(baseline, tmp_path / f"none.{suffix}")
-        save_stage1(tiny_model(start_layer=2, proxy_kind="learned"), tmp_path / f"learned.{suffix}")
-        save_stage1(tiny_model(start_layer=2, guided_ratio=0.25), tmp_path / f"narrow.{suffix}")
+        save_stage1(made(start_layer=2, proxy_kind="learned"), tmp_path / f"learned.{suffix}")
+        save_stage1(made(start_layer=2, guided_ratio=0.25), tmp_path / f"narrow.{suffix}")
         cases = [
             (tiny_model(start_layer=1), "two", "start_layer=2.*start_layer=1"),
             (baseline, "two", "(holds 2 guided updates|start_layer=2).*(null|None)"),
@@ -442,6 +458,13 @@ def test_a_stage1_file_and_backbones_become_a_folder(ours, tmp_path) -> None:
     convert(tmp_path / "stage1.safetensors", tmp_path / "run", "--vision", tmp_path / "vision",
             "--language", tmp_path / "language")  # fmt: skip
     assert_same(tensors(ours), tensors(tmp_path / "run"))
+    built = {"layout": "released", "side_reduction": 2, "downsample": "average"}
+    trained.config.update(built)
+    save_stage1(trained, tmp_path / "stage1.safetensors")
+    convert(tmp_path / "stage1.safetensors", tmp_path / "other", "--vision", tmp_path / "vision",
+            "--language", tmp_path / "language")  # fmt: skip
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert {name: config[name] for name in built} == built
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| `start_layer` | 1 |" in card and "pipeline_tag: image-text-to-text" in card
 
@@ -457,12 +480,15 @@ def test_a_stage1_file_and_backbones_become_a_folder(ours, tmp_path) -> None:
         (["{tmp}/s.safetensors", "{tmp}/x", "--vision", "v"], ["--vision and --language"]),
         (["{tmp}/s.safetensors", "{tmp}/x.bin", "--start-layer", "2"], ["start_layer=1", "leave"]),
         (["{tmp}/s.bin", "{tmp}/x.safetensors"], ["holds 2 guided updates", "name the layer"]),
+        (["{tmp}/n.safetensors", "{tmp}/x.bin"], ["layout='natural'", "write a .safetensors"]),
         (["{tmp}/llama", "{tmp}/x"], ["of type 'llama'", "llava_next"]),
         (["{tmp}/none", "{tmp}/x"], ["SOURCE", "/none: no such folder"]),
     ],
 )
 def test_mistakes_are_one_line(ours, tmp_path, arguments, words, capsys) -> None:
     model = ProxyVForConditionalGeneration.from_pretrained(ours)
+    save_stage1(model, tmp_path / "n.safetensors")
+    model.config.layout = "released"
     save_stage1(model, tmp_path / "s.safetensors")
     save_stage1(model, tmp_path / "s.bin")
     LlamaConfig().save_pretrained(tmp_path / "llama")

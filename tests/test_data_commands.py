@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from proxyv.cli import run_command
+from proxyv.data import check
 from proxyv.data.__main__ import main
 from proxyv.data.check import check_source
 from proxyv.data.sources import open_source
 from proxyv.train.stage0.tokenizer import build_tokenizer
 
 LONG = "y" * 900
+SAID = {"from": "gpt", "value": "A"}
 
 
 def picture(colour: str, size=(40, 30)) -> bytes:
@@ -125,8 +127,71 @@ def test_the_clean_list_has_each_row_without_errors_once(broken, tmp_path, capsy
     mixture = open_source(str(tmp_path / "mix.yaml"), None)
     assert [mixture.record(i)["id"] for i in range(len(mixture))] == CLEAN
     assert check_source(source, None).kinds == ["repeated image"]
-    with pytest.raises(ValueError, match=r"expected a name ending in \.txt or \.jsonl"):
-        main(["check", *broken, "--workers", "0", "--write-clean", str(tmp_path / "a.csv")])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("a.csv", r"expected a name ending in \.txt or \.jsonl"),
+        ("none/a.txt", r"none/a\.txt: no folder .*none; make it first"),
+    ],
+)
+def test_a_list_that_cannot_be_written_is_refused_before_the_rows(
+    broken, tmp_path, monkeypatch, name, error
+):
+    monkeypatch.setattr(check, "DataLoader", lambda *_, **__: pytest.fail("rows were looked at"))
+    with pytest.raises((ValueError, OSError), match=error):
+        main(["check", *broken, "--write-clean", str(tmp_path / name)])
+
+
+def test_the_report_is_there_though_the_list_cannot_be_written(broken, tmp_path, capsys):
+    (tmp_path / "a.txt.partial").mkdir()  # in its place
+    with pytest.raises(IsADirectoryError):
+        main(["check", *broken, "--workers", "0", "--write-clean", str(tmp_path / "a.txt")])
+    assert "clean rows: 4 of 13" in capsys.readouterr().out
+
+
+def test_what_pad_would_make_too_large_is_found(tmp_path, capsys):
+    (tmp_path / "wide.png").write_bytes(picture("red", (1200, 2)))
+    (tmp_path / "rows.json").write_text(json.dumps([row("wide", "wide.png")]))
+    words = ["check", "--annotations", str(tmp_path / "rows.json"), "--images", str(tmp_path)]
+    words += ["--max-megapixels", "1", "--workers", "0", "--json"]
+    for ratio, faults in (("anyres", {}), ("pad", {"image too large": 1})):
+        assert main([*words, "--image-aspect-ratio", ratio]) == bool(faults)
+        assert json.loads(capsys.readouterr().out)["faults"] == faults
+
+
+def test_a_question_that_is_an_image_is_not_empty(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    asked = row("a", "a.png", mark="<image>")
+    asked["conversations"][0]["value"] = "<image>"
+    mute = {"id": "m", "conversations": [{"from": "human", "value": " "}, SAID]}
+    (tmp_path / "rows.json").write_text(json.dumps([asked, mute]))
+    words = ["--annotations", str(tmp_path / "rows.json"), "--images", str(tmp_path)]
+    assert main(["check", *words, "--workers", "0", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["faults"] == {"empty turn": 1} and "(id 'm')" in str(report["examples"])
+
+
+@pytest.mark.parametrize("words", [["--fast"], ["--json"], []])
+def test_half_a_surrogate_pair_is_found_wherever_it_is(tmp_path, capsys, words):
+    half = "x\ud83d"
+    rows = [
+        row("a", None),
+        row("b", None, answer=half),
+        row("c", half),
+        row(half, None, answer="c"),
+    ]
+    rows += [row("e", None, answer="e", data_source=half), row("f", None, answer="f", note=half)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [*words, "--annotations", str(tmp_path / "rows.json"), "--workers", "0"]
+    clean = tmp_path / "clean.jsonl"
+    assert main(["check", *words, "--images", str(tmp_path), "--write-clean", str(clean)]) == 1
+    said = capsys.readouterr().out
+    said.encode()
+    assert "(id 'b')" in said and "(id 'c')" in said and "unreadable row" in said
+    kept = open_source(str(clean), str(tmp_path))
+    assert [kept.record(number) for number in range(len(kept))] == [rows[0], *rows[3:]]
 
 
 def test_rows_of_parquet_are_checked_and_listed_by_number(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from proxyv.data.dataset import FACTS, ConversationDataset, report_rows
+from proxyv.data import scan
+from proxyv.data.dataset import FACTS, ConversationDataset, check_rows, report_rows
 from proxyv.data.images import DataError, ImageFolder
 from proxyv.data.mixture import MixtureSource, read_rows
 from proxyv.data.pipeline import ImagePipeline
 from proxyv.data.readers import JsonSource
-from proxyv.data.scan import scan_rows
+from proxyv.data.scan import ScanStopped, scan_rows
 from proxyv.data.sources import open_source
 from proxyv.data.templates import Renderer
 from proxyv.train.stage0.tokenizer import build_tokenizer
@@ -145,7 +147,8 @@ def dataset(source, **how) -> ConversationDataset:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
+def test_lengths_of_every_row_are_what_training_sees(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(scan, "_BATCH", 2)
     (tmp_path / "a.png").write_bytes(png())
     records = [
         record("short"),
@@ -155,7 +158,9 @@ def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
     ]
     source = JsonSource(Path(write_json(tmp_path / "r.jsonl", records)), ImageFolder(tmp_path))
     data = dataset(source, on_failure="skip")
+    drawn = torch.random.get_rng_state()
     table = scan_rows(data, workers, cache=tmp_path / "cache")
+    assert (torch.random.get_rng_state() == drawn).all()
     assert table.dtype == FACTS
     assert table["failed"].tolist() == [False, False, False, True]
     assert table["images"].tolist() == [0, 1, 0, 0]
@@ -174,3 +179,80 @@ def test_lengths_of_every_row_are_what_training_sees(tmp_path, workers):
     assert len(scan_rows(data, 0, cache=tmp_path / "cache")) == 2
     other = ConversationDataset(source, data.renderer, PIPELINE, 60, on_failure="skip")
     assert len(scan_rows(other, 0, cache=tmp_path / "cache")) == 4
+
+
+def rows_with_images(folder: Path, there: str) -> ConversationDataset:
+    """Rows a to d with an image each, of which some are there; a pipeline that refuses the rest."""
+    (folder / "set").mkdir(exist_ok=True)
+    for name in there:
+        (folder / "set" / f"{name}.png").write_bytes(png())
+    records = [record(name, image=f"{name}.png") for name in "abcd"]
+    path = write_json(folder / "rows.jsonl", records)
+    return dataset(open_source(path, str(folder / "set")))
+
+
+def test_rows_that_failed_are_looked_at_again(tmp_path):
+    """Images are put back one after the other, as by a user who reads the messages."""
+    cache = tmp_path / "cache"
+    for there, failed in (("cd", 2), ("ac", 1), ("b", 0)):
+        data = rows_with_images(tmp_path, there)
+        table = scan_rows(data, 0, cache)
+        assert table["failed"].sum() == failed
+        if failed:
+            gone = "a" if failed == 2 else "b"
+            with pytest.raises(DataError, match=rf"\(id '{gone}'\).* no image file"):
+                report_rows(data, table, 0.0)
+    assert report_rows(data, table, 0.0).failed == 0
+    assert (table == scan_rows(data, 0, None)).all()
+
+
+def test_a_row_mended_since_the_look_at_it_is_not_taken_as_empty(tmp_path):
+    table = scan_rows(rows_with_images(tmp_path, "bcd"), 0)
+    with pytest.raises(DataError, match=r"row 0 could not be used .* and can be now: start again"):
+        report_rows(rows_with_images(tmp_path, "a"), table, 0.0)
+
+
+def test_another_image_folder_or_limit_makes_another_table(tmp_path):
+    data = rows_with_images(tmp_path, "abcd")
+    path = str(tmp_path / "rows.jsonl")
+    scan_rows(data, 0, tmp_path / "cache")
+    (tmp_path / "other").mkdir()
+    elsewhere = dataset(open_source(path, str(tmp_path / "other")))
+    small = dataset(open_source(path, str(tmp_path / "set"), max_megapixels=1e-5))
+    for other in (elsewhere, small):
+        assert scan_rows(other, 0, tmp_path / "cache")["failed"].all()
+
+
+def test_a_set_of_which_nothing_can_be_used_is_refused(tmp_path):
+    data = rows_with_images(tmp_path, "")
+    data.on_failure = "skip"
+    with pytest.raises(DataError, match=r"none of the 4 rows .* the first: .*\(id 'a'\)") as caught:
+        report_rows(data, scan_rows(data, 0), 1.0)
+    assert caught.value.kind == "missing image"
+    with pytest.raises(DataError, match="none of the 2 rows looked at can be used"):
+        check_rows(data, 2, 1.0)
+    rows_with_images(tmp_path, "d")
+    assert check_rows(data, 4, 0.0).failed == 3
+
+
+def test_a_look_that_is_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "_BATCH", 2)
+    looked_at: list[int] = []
+    data, cache = rows_with_images(tmp_path, "abcd"), tmp_path / "cache"
+    whole = scan_rows(data, 0)
+    measure = data.measure
+    monkeypatch.setattr(data, "measure", lambda row: [looked_at.append(row), measure(row)][1])
+    with pytest.raises(ScanStopped, match="broken off after 2 of 4 rows"):
+        scan_rows(data, 0, cache, stopped=lambda: len(looked_at) == 2)
+    assert (scan_rows(data, 0, cache, stopped=lambda: len(looked_at) == 4) == whole).all()
+    assert looked_at == [0, 1, 2, 3]
+
+
+def test_a_copy_of_a_set_is_known_by_its_content(tmp_path):
+    path = Path(write_json(tmp_path / "rows.jsonl", [record("a"), record("b")]))
+    before = open_source(str(path), None).fingerprint
+    os.utime(path, (1, 1))
+    assert open_source(str(path), None).fingerprint == before
+    write_json(path, [record("b"), record("a")])
+    os.utime(path, (1, 1))
+    assert open_source(str(path), None).fingerprint != before

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_training import make_backbones, make_rows, overrides
 from transformers import TrainerCallback
 
+from proxyv.data import scan
 from proxyv.train import run
 from proxyv.train.checkpoints import MANIFEST, CheckpointError, Checkpoints, find_checkpoints
 from proxyv.train.config_files import load_settings
@@ -193,6 +194,33 @@ def test_other_settings_do_not_go_on(stopped):
         run.train(stopped)
 
 
+@pytest.mark.parametrize("change", ["fewer", "order"])
+def test_other_rows_do_not_go_on(world, tmp_path, uninterrupted, monkeypatch, change):
+    path, text = tmp_path / "rows.json", (world / "rows.json").read_text()
+    path.write_text(text)
+    settings = settings_for(world, tmp_path / "run", **{"data.annotations": path})
+    with pytest.raises(ZeroDivisionError):
+        train_with(monkeypatch, settings, At(5, lambda: 1 / 0))
+    rows = json.loads(text)
+    path.write_text(json.dumps(rows[4:] if change == "fewer" else rows[::-1]))
+    said = "rows=12 then, 8 now" if change == "fewer" else r"\(fingerprint=\w+ then, \w+ now\)"
+    with pytest.raises(CheckpointError, match=f"over other rows .*{said}.*put back what was"):
+        run.train(settings)
+    path.write_text(text)
+    run.train(settings)
+    check_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_checkpoint_that_says_nothing_of_its_rows_goes_on(stopped, tmp_path, uninterrupted):
+    """As those of earlier versions of this package."""
+    for _, path in find_checkpoints(tmp_path / "run"):
+        manifest = json.loads((path / MANIFEST).read_text())
+        assert manifest.pop("data")["rows"] == 12
+        (path / MANIFEST).write_text(json.dumps(manifest))
+    run.train(stopped)
+    check_same(tmp_path / "run", uninterrupted)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(
     world, uninterrupted, tmp_path, monkeypatch, capsys
 ):
@@ -260,6 +288,26 @@ def test_sigterm_to_the_command_saves_though_every_process_gets_it(world, tmp_pa
     assert "stopped by signal 15 after step" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert len(find_checkpoints(folder)) == 1
+
+
+def test_sigterm_in_the_look_at_the_rows_keeps_what_was_seen(world, tmp_path, monkeypatch):
+    settings = settings_for(world, tmp_path / "run", **{"data.group_by_length": True})
+    seen: list[int] = []
+    measure = run.ConversationDataset.measure
+
+    def told_at_the_fifth(self, index):
+        seen.append(index)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, index)
+
+    monkeypatch.setattr(scan, "_BATCH", 2)
+    monkeypatch.setattr(run.ConversationDataset, "measure", told_at_the_fifth)
+    with pytest.raises(Interrupted, match="look at the rows, broken off after 6 of 12") as caught:
+        run.train(settings)
+    assert caught.value.number == signal.SIGTERM and not (tmp_path / "run").exists()
+    run.train(settings)
+    assert seen == list(range(12))
 
 
 @pytest.mark.slow

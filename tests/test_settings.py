@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,55 @@ def test_override_values_are_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["2026_10_01", "/tmp/a #b", "no", "1e3", "007", "a: b", "[x", "0x10", "a=b", "None", " "],
+)
+def test_text_on_the_command_line_is_taken_as_it_is(tmp_path, text):
+    settings = load(tmp_path, "", f"run.output_dir={text}", f"model.name={text}")
+    assert (settings.run.output_dir, settings.model.name) == (text, text)
+    quoted = load(tmp_path, "", f"run.output_dir={json.dumps(text)}", f"model.name='{text}'")
+    assert (quoted.run.output_dir, quoted.model.name) == (text, text)
+
+
+def test_null_and_nothing_are_no_text(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: {images: a}\n")
+    for override, images in (("null", None), ("", None), ('"null"', "null"), ("NULL", "NULL")):
+        settings = load(tmp_path, "base: base.yaml\n", f"data.images={override}")
+        assert settings.data.images == images
+    with pytest.raises(ValueError, match=r"model\.name=null': model\.name: .*not Optional"):
+        load(tmp_path, "", "model.name=null")
+
+
+def test_a_mapping_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {reduction: {method: fastv, layer: 2}}\n")
+
+    def reduction(text: str, *overrides: str):
+        return load(tmp_path, f"base: base.yaml\n{text}", *overrides).model.reduction
+
+    pooled = {"method": "average_pool", "block": 2}
+    assert reduction("") == {"method": "fastv", "layer": 2}
+    assert reduction("model: {reduction: {}}\n") == {}
+    assert reduction("", "model.reduction={}") == {}
+    assert reduction("model: {reduction: {method: average_pool, block: 2}}\n") == pooled
+    assert reduction("", "model.reduction={method: average_pool, block: 2}") == pooled
+    only = reduction("", "model.reduction.layer=3", "model.reduction.ratio=0.5")
+    assert only == {"method": "fastv", "layer": 3, "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.epochs=0", r"optim\.epochs=0\.0 is out of range: it must be at least 1e-06"),
+        ("optim.epochs=.inf", r"optim\.epochs=inf is out of range: it must be finite"),
+        ("optim.lr=.inf", r"optim\.lr=inf is out of range: it must be finite"),
+        ("model.vision_feature_layer=abc", r"model\.vision_feature_layer=abc: expected the number"),
+        ("model.vision_feature_layer=[-2, x]", r"vision_feature_layer=\[-2, 'x'\]: expected"),
+        ("optim.lr.x=1", r"optim\.lr is one value, and has no 'x'"),
+        (
+            "model.reductn.x=1",
+            r"unknown setting 'model\.reductn\.x': did you mean 'model\.reduction",
+        ),
+        ("data.image_grid_pinpoints=[[336", "override .*: not valid YAML"),
         ("optim.lrr=1", r"unknown setting 'optim\.lrr': did you mean 'optim\.lr'"),
         ("optm.lr=1", r"no section 'optm': did you mean 'optim\.lr'"),
         ("lr=1", r"no section 'lr': did you mean 'optim\.lr'"),
@@ -129,6 +177,21 @@ def test_steps(tmp_path, rows, ranks, drop_last, steps):
     batch = "optim.global_batch=512" if ranks == 8 else "optim.global_batch=16"
     settings = load(tmp_path, "", batch, f"data.drop_last={drop_last}")
     assert total_steps(settings, rows, ranks) == steps
+
+
+def test_limits_may_be_infinite_and_layers_several(tmp_path):
+    given = ("optim.max_grad_norm=.inf", "data.max_megapixels=.inf")
+    settings = load(tmp_path, "", *given, "model.vision_feature_layer=[12, 16]")
+    assert settings.optim.max_grad_norm == settings.data.max_megapixels == float("inf")
+    assert settings.model.vision_feature_layer == [12, 16]
+
+
+@pytest.mark.parametrize("more", [[], ["optim.max_steps=3"]])
+def test_dropping_the_last_rows_may_not_drop_all(tmp_path, more):
+    settings = load(tmp_path, "", "data.drop_last=true", *more)
+    assert total_steps(settings, 32, 2) == (3 if more else 1)
+    with pytest.raises(ValueError, match=r"data\.drop_last=true: 31 rows .* of 16 .* of 2 ranks"):
+        total_steps(settings, 31, 2)
 
 
 def test_global_batch_must_be_dealt_evenly(tmp_path):

@@ -160,6 +160,13 @@ def test_unknown_role_and_missing_text_are_named():
         as_turns([{"from": "human", "value": 3}])
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"message 0 \(from 'user'\): character 2 .*'\\udc4b'"):
+        render([Turn("user", "hi\udc4b"), Turn("assistant", "A")], tokenizer, "tiny")
+    whole = [Turn("user", "hi\U0001f44b"), Turn("assistant", "A")]
+    assert render(whole, tokenizer, "tiny").num_supervised == 2
+
+
 def test_unknown_template_names_the_nearest(tokenizer):
     with pytest.raises(ValueError, match="unknown template 'tinny': did you mean 'tiny'"):
         template_of(tokenizer, "tinny")
@@ -245,25 +252,49 @@ def golden_rows() -> list[dict]:
     return [row for row in rows if not any(word in row["case"] for word in NOT_ORDINARY)]
 
 
-def labels_by_search(ids: list[int], template: str) -> list[int]:
-    """A slow second way to the labels: look for what leads to an answer, up to its end token."""
+def without_stray_spaces(ids: list[int], template: str) -> list[int]:
+    """Ids without those that the slow tokenizer of Phi-3 leaves where nothing was said.
+
+    It begins every piece of text, so what comes after an image too, with a space, which stays as
+    id 29871 where a control token comes right after it.
+    """
+    if template != "phi3":
+        return ids
+    control = {real_renderer(template)._control_ids[name] for name in TEMPLATES[template].controls}
+    before, after = [-200, *ids[:-1]], [*ids[1:], 0]
+    triples = zip(before, ids, after, strict=True)
+    return [x for b, x, a in triples if not (b == -200 and x == 29871 and a in control)]
+
+
+def reads_as(text: str) -> str:
+    """What a text and the decoded tokens of it have in common."""
+    return unicodedata.normalize("NFC", text.replace("\u2581", " ")).strip()
+
+
+def labels_by_search(ids: list[int], template: str, answers: list[str]) -> list[int]:
+    """A slow second way to the labels: look for what leads to an answer and reads as the answer.
+
+    The last token of the lead may have become one with the first of the answer.
+    """
     tokenizer = real_tokenizer(FOLDERS[template])
     lead_text, end_text = LEADS[template]
     lead = tokenizer(lead_text, add_special_tokens=False).input_ids
     while lead and lead[0] == 29871:  # the dummy space of sentencepiece
         lead = lead[1:]
     end = tokenizer.convert_tokens_to_ids(end_text)
-    labels, at = [IGNORE_INDEX] * len(ids), 0
-    while at < len(ids):
-        if ids[at : at + len(lead)] == lead:
-            at += len(lead)
-            while True:
-                labels[at] = ids[at]
-                at += 1
-                if ids[at - 1] == end:
-                    break
-        else:
-            at += 1
+    labels, at, left = [IGNORE_INDEX] * len(ids), 0, list(answers)
+    while at < len(ids) and left:
+        whole = ids[at : at + len(lead)] == lead
+        start = at + len(lead) - (not whole)
+        stop = ids.index(end, start) if end in ids[start:] else len(ids)
+        leads = whole or (len(lead) > 2 and ids[at:start] == lead[:-1])
+        if leads and -200 not in ids[start:stop]:
+            if reads_as(tokenizer.decode(ids[start:stop])) == reads_as(left[0]):
+                labels[start : stop + 1] = ids[start : stop + 1]
+                left.pop(0)
+                at = stop
+        at += 1
+    assert not left
     return labels
 
 
@@ -275,19 +306,55 @@ def labels_by_search(ids: list[int], template: str) -> list[int]:
 def test_golden_rows(row):
     template = row["template"]
     renderer = real_renderer(template, row["tokenizer"])
-    human = [m["value"] for m in row["conversations"] if m["from"] == "human"]
-    images = sum(text.count("<image>") for text in human)
+    said = {"human": [], "gpt": []}
+    for message in row["conversations"]:
+        said[message["from"]].append(message["value"])
+    images = sum(text.count("<image>") for text in said["human"])
     rendered = renderer.render(row["conversations"], [1] * images)
-    expected, labels = row["input_ids"], row["labels"]
-    if template == "phi3" and expected[0] == 29871:  # the slow tokenizer's stray space
-        expected = expected[1:]
+    expected, labels = without_stray_spaces(row["input_ids"], template), row["labels"]
     assert rendered.input_ids == expected
     if template in ("v1", "internlm2", "plain"):
-        if any(label != IGNORE_INDEX for label in labels):
+        # The authors count the ids of a header by itself, so they leave out the token in which
+        # InternLM2 joins it with an answer; it holds a part of the answer, and is supervised here.
+        joined = template == "internlm2" and any("\n" in text[:2] for text in said["gpt"])
+        if any(label != IGNORE_INDEX for label in labels) and not joined:
             assert rendered.labels == labels
     if template != "plain":
-        assert rendered.labels == labels_by_search(expected, template)
+        assert rendered.labels == labels_by_search(expected, template, said["gpt"])
     assert rendered.num_supervised > 0
+
+
+@needs_tokenizers
+def test_the_search_for_labels_is_not_fooled_by_what_is_said():
+    said = [Turn("user", "Say ASSISTANT: no"), Turn("assistant", "USER: ASSISTANT: yes")]
+    rendered = real_renderer("v1").render(said)
+    found = labels_by_search(rendered.input_ids, "v1", [said[1].text])
+    assert supervised_text(real_tokenizer("vicuna"), rendered) == "USER: ASSISTANT: yes</s>"
+    assert found == rendered.labels
+    with pytest.raises(AssertionError):
+        labels_by_search(rendered.input_ids, "v1", ["no"])
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("template", ["qwen", "internlm2", "smollm2"])
+@pytest.mark.parametrize("answer", ["\nYes", "\n\n Yes\n", " \nYes", " Yes", "\tYes", "Yes", "\n"])
+def test_an_answer_that_begins_with_white_space_is_tokenized_with_its_header(template, answer):
+    """As the authors and the models' chat templates do; the prompt stays what it was."""
+    renderer, tokenizer = real_renderer(template), real_tokenizer(FOLDERS[template])
+    rendered = renderer.render([Turn("user", "Q"), Turn("assistant", answer)])
+    plain = f"<|im_start|>assistant\n{answer}<|im_end|>"
+    theirs = tokenizer(plain, add_special_tokens=False).input_ids
+    after = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stop = len(rendered.input_ids) - rendered.input_ids[::-1].index(after)
+    assert rendered.input_ids[stop - len(theirs) : stop] == theirs
+    asked = renderer.prompt([Turn("user", "Q")])
+    newline = asked.pop()
+    assert tokenizer.decode([newline]) == "\n" and rendered.input_ids[: len(asked)] == asked
+    joined = rendered.input_ids[len(asked)] != newline
+    if template != "smollm2":  # which joins only some of them
+        assert joined == ("\n" in answer[:2])
+    read = tokenizer.decode([label for label in rendered.labels if label != IGNORE_INDEX])
+    assert read.lstrip(" ") == f"{chr(10) * joined}{answer}<|im_end|>".lstrip(" ")
 
 
 WORDS = [
@@ -340,6 +407,7 @@ def test_any_conversation_with_the_real_tokenizers(template):
     strip = {"llama3": str.strip, "phi3": str.lstrip}.get(template, str)
     end = tokenizer.convert_tokens_to_ids(LEADS[template][1])
     spm = template in ("v1", "phi3", "internlm2")
+    chatml = template in ("qwen", "internlm2", "smollm2")
 
     @settings(max_examples=60, deadline=None)
     @given(conversations())
@@ -364,17 +432,22 @@ def test_any_conversation_with_the_real_tokenizers(template):
                 answer = []
             else:
                 answer.append(token)
-        wanted = [strip(turn.text) for turn in turns if turn.role == "assistant"]
-        assert len(spoken) == len(wanted)
-        for found, want in zip(spoken, wanted, strict=True):
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        assert len(spoken) == len(answers)
+        for found, want in zip(spoken, answers, strict=True):
             if template == "qwen":
                 want = unicodedata.normalize("NFC", want)
             if spm:  # its decoder writes the sign for a space as a space and drops the first one
                 want = want.replace("\u2581", " ")
+            want = strip(want)
             assert found.strip() == want.strip()
-            assert abs(len(found) - len(want)) <= spm
+            with_header = chatml and want[:1].isspace()  # its newline may be in the first token
+            assert abs(len(found) - len(want)) <= spm + with_header
         # the prompt for the last answer is the row up to there
         prompt_ids = renderer.prompt(turns[:-1], images)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            assert chatml and answers[-1][:1].isspace()
+            prompt_ids.pop()
         assert ids[: len(prompt_ids)] == prompt_ids
         assert all(label != IGNORE_INDEX for label in labels[len(prompt_ids) :][:1])
         # cut anywhere, nothing of an answer goes missing without being counted
@@ -401,7 +474,7 @@ def test_ids_of_the_models_own_chat_template(template, system):
     renderer, tokenizer = real_renderer(template), real_tokenizer(FOLDERS[template])
     turns = [
         Turn("user", "What is 17 + 4?"),
-        Turn("assistant", "It is 21.\n\nAs 1 + 4 = 5."),
+        Turn("assistant", "\n It is 21.\n\nAs 1 + 4 = 5."),
         Turn("user", "Sure?"),
         Turn("assistant", "Yes!"),
     ]

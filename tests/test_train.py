@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_training import break_token, make_backbones, make_rows, overrides
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
@@ -164,8 +165,6 @@ def test_a_run_is_a_complete_model_folder(two_stages):
     assert template_of(processor.tokenizer).name == "tiny"
     assert processor.image_aspect_ratio == "pad"
     assert model.config.start_layer == 1 and model.config.text_config.use_cache
-    from PIL import Image
-
     inputs = processor(
         images=[Image.new("RGB", (40, 30), "red")],
         text=["<s><|user|><image>\nWhich colour?<|assistant|>"],
@@ -205,6 +204,25 @@ def test_overfits_eight_samples(world, monkeypatch, tmp_path):
     folder = in_process(monkeypatch, settings)
     losses = [entry["loss"] for entry in metrics(folder)]
     assert losses[0] > 2 and losses[-1] < 0.1
+
+
+def test_every_part_has_its_own_learning_rate_in_the_log(world, monkeypatch, tmp_path):
+    """The projector, which stands first, rests: the others' rates are those of the schedule."""
+    rates = {"optim.projector_lr": 0, "optim.lr": 1e-3, "optim.proxyv_lr": 2e-3}
+    more = {"run.output_dir": tmp_path, "deepspeed.config": "null", "optim.schedule": "linear"}
+    entries = metrics(in_process(monkeypatch, settings_for(world, **{**SHORT, **more, **rates})))
+    assert [entry["lr_projector"] for entry in entries] == [0, 0]
+    assert [entry["lr_proxyv"] for entry in entries] == pytest.approx([2e-3, 1e-3])
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([2e-3, 1e-3])
+
+
+def test_a_set_of_which_no_row_can_be_used_is_refused(world, monkeypatch, tmp_path):
+    record = {"id": "a", "image": "images/gone.png", "conversations": SAID}
+    more = {"data.on_failure": "skip", "deepspeed.config": "null"}
+    for grouped in (False, True):
+        given = {**broken(world, tmp_path, record), **more, "data.group_by_length": grouped}
+        with pytest.raises(DataError, match="none of the 1 rows looked at can be used; the first"):
+            in_process(monkeypatch, settings_for(world, **given))
 
 
 def test_micro_batches_add_up_to_the_global_batch(world, monkeypatch, tmp_path):
@@ -341,6 +359,20 @@ def test_bad_rows_stop_a_run_before_it_trains(world, tmp_path, monkeypatch, reco
     assert not (tmp_path / "run").exists()
 
 
+def test_pad_makes_no_square_beyond_the_limit(world, tmp_path, monkeypatch):
+    Image.new("RGB", (1200, 2)).save(world / "images" / "wide.png")
+    record = {"id": "w", "image": "images/wide.png", "conversations": SAID}
+    given = {**broken(world, tmp_path, record), "data.max_megapixels": 1}
+    for ratio, squared in (("pad", True), ("anyres", False)):
+        settings = settings_for(world, **given, **{"data.image_aspect_ratio": ratio})
+        [image] = run.open_data(settings)[0].images
+        if squared:
+            with pytest.raises(DataError, match="put on a square of 1200 x 1200"):
+                in_process(monkeypatch, settings)
+        else:
+            assert image.load().size == (1200, 2)
+
+
 def test_a_bad_row_is_one_line_and_an_exit_code(world, tmp_path):
     record = {"id": "far", "image": "images/gone.png", "conversations": SAID}
     done = command(world, "pretrain", ranks=2, **broken(world, tmp_path, record))
@@ -366,6 +398,13 @@ def test_mistakes_on_the_command_line(capsys, arguments, message):
     assert run_command(main, arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_config_file_says_its_own_stage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", "configs/tiny/pretrain.yaml", "--stage", "finetune", "--dry-run"])
+    assert stopped.value.code == 2
+    assert "--stage finetune goes with --preset" in capsys.readouterr().err
 
 
 def test_a_tracker_that_is_not_installed_is_named(world, monkeypatch, tmp_path):
@@ -448,6 +487,10 @@ def test_the_bare_script_asks_for_a_preset_where_gpus_are(stage):
             ["vicuna-7b", "--dry-run"],
             "--preset vicuna-7b --stage pretrain --nproc 2 --dry-run",
         ),
+        ("-1", ["vicuna-7b"], "--preset vicuna-7b --stage pretrain --nproc 1"),
+        ("-1", [], "--preset tiny --stage pretrain --nproc 1"),
+        ("0,1,-1,2", ["vicuna-7b"], "--preset vicuna-7b --stage pretrain --nproc 2"),
+        ("0,1", ["--help"], "--help"),
         ("0,1", ["tiny"], "--preset tiny --stage pretrain --nproc 1"),
         ("0,1", ["tiny-baseline"], "--preset tiny-baseline --stage pretrain --nproc 1"),
     ],

@@ -85,37 +85,43 @@ def _example(name: str) -> str:
     return "example:\n" + "\n".join(lines[start:end])
 
 
-def _needed(options: argparse.Namespace) -> ProxyVProcessor:
-    processor = processor_of(options)
-    if processor is None:
-        raise CommandError(
-            f"{options.command} needs a tokenizer: give --model RUN, or --tokenizer with --template"
-        )
-    return processor
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see the module."""
     options = parse(argv)
     from proxyv.data.sources import open_source
 
+    processor = processor_of(options)
+    ratio = options.image_aspect_ratio if processor is None else processor.image_aspect_ratio
     source = open_source(
         options.annotations,
         options.images,
         streaming=options.streaming,
         max_megapixels=options.max_megapixels,
         follow_links=options.follow_links,
+        squared=ratio == "pad",
     )
     console = table_console(soft_wrap=True)
-    return {"check": _check, "inspect": _inspect, "bench": _bench}[options.command](
-        options, source, console
+    if options.command == "check":
+        return _check(options, source, processor, console)
+    if processor is None:
+        raise CommandError(
+            f"{options.command} needs a tokenizer: give --model RUN, or --tokenizer with --template"
+        )
+    return {"inspect": _inspect, "bench": _bench}[options.command](
+        options, source, processor, console
     )
 
 
-def _check(options: argparse.Namespace, source: Source, console: Console) -> int:
-    from proxyv.data.check import check_source, write_clean
+def _check(
+    options: argparse.Namespace,
+    source: Source,
+    processor: ProxyVProcessor | None,
+    console: Console,
+) -> int:
+    from proxyv.data.check import check_clean, check_source, write_clean
 
-    processor = processor_of(options)
+    if options.write_clean is not None:
+        check_clean(source, options.write_clean)
     report = check_source(
         source,
         None if processor is None else pipeline_of(options, processor),
@@ -125,8 +131,6 @@ def _check(options: argparse.Namespace, source: Source, console: Console) -> int
         examples=options.examples,
         progress=sys.stderr.isatty(),
     )
-    if options.write_clean is not None:
-        write_clean(source, report, options.write_clean)
     rows = sum(report.rows.values())
     if options.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
@@ -139,7 +143,9 @@ def _check(options: argparse.Namespace, source: Source, console: Console) -> int
         if processor is None:
             console.print("lengths were not checked: give --tokenizer and --template, or --model")
         console.print(f"clean rows: {len(report.clean):,} of {rows:,}")
-        if options.write_clean is not None:
+    if options.write_clean is not None:
+        write_clean(source, report, options.write_clean)
+        if not options.json:
             console.print(f"clean list: {options.write_clean}")
     return 0 if len(report.clean) == rows else 1
 
@@ -175,10 +181,11 @@ def _row_number(options: argparse.Namespace, source: Source) -> int:
     raise CommandError(f"--id {options.id}: no row has that id")
 
 
-def _inspect(options: argparse.Namespace, source: Source, console: Console) -> int:
+def _inspect(
+    options: argparse.Namespace, source: Source, processor: ProxyVProcessor, console: Console
+) -> int:
     from proxyv.data.inspection import inspect_row, save_crops
 
-    processor = _needed(options)
     row = source[_row_number(options, source)]
     pipeline = pipeline_of(options, processor)
     seen = inspect_row(row, pipeline, processor.tokenizer)
@@ -199,14 +206,15 @@ def _inspect(options: argparse.Namespace, source: Source, console: Console) -> i
     return 0
 
 
-def _bench(options: argparse.Namespace, source: Source, console: Console) -> int:
+def _bench(
+    options: argparse.Namespace, source: Source, processor: ProxyVProcessor, console: Console
+) -> int:
     from rich.table import Table
 
     from proxyv.data.collator import Collator
     from proxyv.data.dataset import ConversationDataset
     from proxyv.data.throughput import measure_throughput
 
-    processor = _needed(options)
     row = pipeline_of(options, processor)
     dataset = ConversationDataset(
         source, row.renderer, row.images, row.max_length, options.limit, "skip"

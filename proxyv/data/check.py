@@ -18,9 +18,16 @@ from proxyv.data.images import FAULTS, DataError
 from proxyv.data.pipeline import RowPipeline
 from proxyv.data.readers import JsonSource, Source
 from proxyv.data.rows import Row, subset_of
-from proxyv.data.templates import IMAGE_MARK
 
-__all__ = ["ERRORS", "NOTES", "CheckReport", "Finding", "check_source", "write_clean"]
+__all__ = [
+    "ERRORS",
+    "NOTES",
+    "CheckReport",
+    "Finding",
+    "check_clean",
+    "check_source",
+    "write_clean",
+]
 
 ERRORS = (*FAULTS, "empty turn", "nothing to supervise", "repeated row")
 """Why a row is left out of the clean list."""
@@ -82,7 +89,7 @@ class _Examined(Dataset[Finding]):
     def _look(self, row: Row, finding: Finding) -> None:
         finding.images = len(row.images)
         for number, turn in enumerate(row.turns):
-            if not turn.text.replace(IMAGE_MARK, "").strip() and turn.role != "system":
+            if not turn.text.strip() and turn.role != "system":  # an image alone is a question
                 text = f"{row.where}: message {number} (from {turn.role!r}) says nothing"
                 finding.faults.append(("empty turn", text))
         keys = []
@@ -240,6 +247,28 @@ def _repeats(findings: Iterable[Finding]) -> Iterator[Finding]:
         yield finding
 
 
+def check_clean(source: Source, path: Path) -> None:
+    """Refuse a clean list that could not be written, before the rows are looked at.
+
+    Args:
+        source: what will be checked.
+        path: see :func:`write_clean`.
+
+    Raises:
+        ValueError: another ending, or rows that are not JSON.
+        FileNotFoundError: no such folder.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--write-clean {path}: expected a name ending in .txt or .jsonl")
+    if path.suffix == ".jsonl" and not isinstance(source, JsonSource):
+        raise ValueError(
+            f"--write-clean {path}: only rows of one JSON file can be written as .jsonl; write "
+            "a .txt of row numbers, and name it as 'rows' in a mixture"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--write-clean {path}: no folder {path.parent}; make it first")
+
+
 def write_clean(source: Source, report: CheckReport, path: Path) -> None:
     """Write the clean list.
 
@@ -251,16 +280,12 @@ def write_clean(source: Source, report: CheckReport, path: Path) -> None:
 
     Raises:
         ValueError: another ending, or rows that are not JSON.
+        FileNotFoundError: no such folder.
     """
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"--write-clean {path}: expected a name ending in .txt or .jsonl")
-    if path.suffix == ".jsonl" and not isinstance(source, JsonSource):
-        raise ValueError(
-            f"--write-clean {path}: only rows of one JSON file can be written as .jsonl; write "
-            "a .txt of row numbers, and name it as 'rows' in a mixture"
-        )
+    check_clean(source, path)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    # What UTF-8 cannot say (half a surrogate pair) is written as JSON escapes it.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for index in report.clean:
             if path.suffix == ".txt":
                 file.write(f"{index}\n")

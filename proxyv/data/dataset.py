@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -164,13 +165,13 @@ def report_rows(
         indices: row number of each entry; None where the table has every row.
 
     Raises:
-        DataError: a row cannot be used and the dataset does not skip such rows, or too many have
-            nothing to supervise; the message names the first.
+        DataError: a row cannot be used and the dataset does not skip such rows, no row can be used
+            at all, or too many have nothing to supervise; the message names the first.
     """
     numbers = np.arange(len(facts)) if indices is None else np.asarray(indices)
-    if facts["failed"].any() and dataset.on_failure == "raise":
-        dataset.rendered(int(numbers[facts["failed"].argmax()]))  # raises, with the reason
     used = facts[~facts["failed"]]
+    if len(used) < len(facts) and (dataset.on_failure == "raise" or not len(used)):
+        _refuse(dataset, int(numbers[facts["failed"].argmax()]), len(facts) - len(used), len(facts))
     empty = ~facts["failed"] & (facts["supervised"] == 0)
     unsupervised, tokens = int(empty.sum()), int(used["tokens"].sum())
     first = dataset.source[int(numbers[empty.argmax()])].where if unsupervised else None
@@ -191,4 +192,18 @@ def report_rows(
         tokens=tokens / max(len(used), 1),
         supervised_share=int(used["supervised"].sum()) / max(tokens, 1),
         first_unsupervised=first,
+    )
+
+
+def _refuse(dataset: ConversationDataset, index: int, failed: int, looked_at: int) -> NoReturn:
+    """Raise a ``DataError`` about a row that could not be used when the rows were looked at."""
+    none = "" if failed < looked_at else f"none of the {looked_at} rows looked at can be used; "
+    try:
+        dataset.rendered(index)
+    except DataError as error:
+        if dataset.on_failure == "raise":
+            raise
+        raise DataError(f"{none}the first: {error}", error.kind) from error
+    raise DataError(
+        f"{none}row {index} could not be used when it was looked at, and can be now: start again"
     )

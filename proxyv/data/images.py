@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +19,8 @@ from proxyv.model.images import to_rgb
 __all__ = ["FAULTS", "DataError", "ImageFolder", "ImageRef", "image_of_bytes"]
 
 Read = TypeVar("Read")
-_ORIENTATION = 0x0112  # Exif: values from 5 on swap height and width
+_ORIENTATION = 0x0112  # of Exif
+_TURNED = (5, 6, 7, 8)  # orientations that swap height and width; anything else is no orientation
 
 
 FAULTS = (
@@ -47,8 +50,10 @@ class DataError(ValueError):
         self.kind = kind
 
 
-_CORRUPT = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What PIL raises for a file that is damaged."""
+_CORRUPT = (OSError, EOFError, SyntaxError, ValueError, struct.error, RuntimeError)
+"""What PIL raises for a file that is damaged (of AVIF and DDS: RuntimeError)."""
+
+_PIL_LIMIT = threading.Lock()  # of pixels: one number for all of PIL
 
 
 class _Outside(ValueError):
@@ -67,11 +72,14 @@ class ImageFolder:
         root: the folder that paths are relative to; None where images come as bytes.
         max_megapixels: an image with more pixels is refused before it is decoded.
         follow_links: whether a symbolic link inside the folder may lead out of it.
+        squared: whether images are put on a square before they are made smaller, as by ``pad``:
+            then that square may not have more pixels.
     """
 
     root: Path | None
     max_megapixels: float = 100.0
     follow_links: bool = False
+    squared: bool = False
 
     def locate(self, relative: str) -> Path:
         """Find an image file.
@@ -102,31 +110,66 @@ class ImageFolder:
 
     def decode(self, image: str | bytes) -> Image.Image:
         """Decode an image, given by its path in the folder or by its bytes; see ``to_rgb``."""
-        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
-        with opened:
-            self._check_size(opened.size)
+        with self._opened(image) as opened:
             opened.load()  # a plain RGB image is passed on as it is, and its file closed
             return to_rgb(opened)
 
     def size_hw(self, image: str | bytes) -> tuple[int, int]:
-        """Height and width of an image from its header alone."""
-        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else self.locate(image))
-        with opened:
-            self._check_size(opened.size)
-            turned = opened.getexif().get(_ORIENTATION, 1) >= 5
+        """Height and width of an image from its header alone.
+
+        A PNG can have its orientation behind its pixels, and PIL would decode them to look: such a
+        one is not seen here. What trains comes from the decoded image.
+        """
+        with self._opened(image) as opened:
+            exif = Image.Image.getexif(opened)  # a PNG's own method is the one that decodes
+            turned = exif.get(_ORIENTATION, 1) in _TURNED
             return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+    @contextmanager
+    def _opened(self, image: str | bytes) -> Iterator[Image.Image]:
+        """An image of which the header has been read, and whose size is allowed."""
+        file = io.BytesIO(image) if isinstance(image, bytes) else self.locate(image)
+        try:
+            with _pil_limit(self.max_megapixels), Image.open(file) as opened:
+                self._check_size(opened.size)
+                yield opened
+        except Image.DecompressionBombError as error:
+            raise _TooLarge(f"{error} (data.max_megapixels={self.max_megapixels:g})") from error
 
     def content(self, image: str | bytes) -> bytes:
         """The bytes of an image file."""
         return image if isinstance(image, bytes) else self.locate(image).read_bytes()
 
     def _check_size(self, size_wh: tuple[int, int]) -> None:
-        megapixels = size_wh[0] * size_wh[1] / 1e6
+        width, height = size_wh
+        text = f"image of {height} x {width} pixels (height x width)"
+        if self.squared:
+            height = width = max(size_wh)
+            text += f", put on a square of {height} x {width} by data.image_aspect_ratio=pad,"
+        megapixels = height * width / 1e6
         if megapixels > self.max_megapixels:
             raise _TooLarge(
-                f"image of {size_wh[1]} x {size_wh[0]} pixels (height x width) is {megapixels:.1f} "
-                f"megapixels, more than data.max_megapixels={self.max_megapixels:g}"
+                f"{text} is {megapixels:.1f} megapixels, more than "
+                f"data.max_megapixels={self.max_megapixels:g}"
             )
+
+
+@contextmanager
+def _pil_limit(megapixels: float) -> Iterator[None]:
+    """Let PIL open what is allowed here, and nothing larger; its own limit where all is allowed.
+
+    PIL asks one number of the whole process, so it is put back, and one thread has it at a time.
+    """
+    if not math.isfinite(megapixels):
+        yield
+        return
+    with _PIL_LIMIT:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = math.ceil(megapixels * 1e6)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 @dataclass(frozen=True)

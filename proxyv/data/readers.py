@@ -12,6 +12,7 @@ Source: no counterpart; the authors' loader reads the whole file into memory.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import mmap
 import os
@@ -28,6 +29,7 @@ from proxyv.data.rows import Row, parse_row
 __all__ = ["JsonSource", "ParquetSource", "Source", "file_stamp", "parquet_files"]
 
 _BLOCK_BYTES = 1 << 22
+_FOOTER_BYTES = 1 << 16
 _SPACE = re.compile(r"\s*")
 _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
@@ -49,7 +51,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the files change."""
+        """Changes when the files change, the image folder, or what is allowed of its images."""
         ...
 
     @property
@@ -72,7 +74,10 @@ class JsonSource:
 
     def __init__(self, path: Path, folder: ImageFolder) -> None:
         self.path, self.folder = path, folder
-        self._spans = np.array(list(_row_spans(path)), dtype=np.int64).reshape(-1, 2)
+        with open(path, "rb") as file:
+            text = _Text(path, file)
+            self._spans = np.array(list(_row_spans(text)), dtype=np.int64).reshape(-1, 2)
+        self._digest = text.digest.hexdigest()
         self._map: mmap.mmap | None = None
         if not len(self._spans):
             raise DataError(f"{path}: no rows")
@@ -97,8 +102,8 @@ class JsonSource:
 
     @property
     def fingerprint(self) -> str:
-        """Path, size and time of the file."""
-        return file_stamp([self.path])
+        """Path and content of the file, and the image folder."""
+        return f"{self.path}:{self._digest} {self.folder}"
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process opens the map anew."""
@@ -109,10 +114,14 @@ class _Text:
     """A text file read in blocks, with the byte at which the unread part begins.
 
     JSON is parsed in text but rows are found again by bytes, so both are counted.
+
+    Attributes:
+        digest: of everything read so far.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self._file = path, file
+        self.digest = hashlib.blake2b(digest_size=16)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.position, self.done = "", 0, False
         self.byte = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
@@ -136,6 +145,7 @@ class _Text:
         """Read the next block, dropping what lies behind."""
         block = self._file.read(_BLOCK_BYTES)
         self.done = not block
+        self.digest.update(block)
         try:
             more = self._decoder.decode(block, final=self.done)
         except UnicodeDecodeError as error:
@@ -143,29 +153,43 @@ class _Text:
         self.text, self.position = self.text[self.position :] + more, 0
 
 
-def _row_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield first and last byte of each row of a JSON array or of JSON lines."""
-    parse = json.JSONDecoder().raw_decode
-    with open(path, "rb") as file:
-        text, index = _Text(path, file), 0
-        if text.skip(_SPACE) == "[":
-            text.move(text.position + 1)
-        while text.skip(_BETWEEN_ROWS) not in ("", "]"):
-            while True:
-                try:
-                    _, end = parse(text.text, text.position)
-                    break
-                except json.JSONDecodeError as error:
-                    if text.done:
-                        raise DataError(
-                            f"{path}: row {index} is not valid JSON ({error.msg}, near byte "
-                            f"{text.byte}); is the file complete?"
-                        ) from error
-                    text.read()
-            start = text.byte
-            text.move(end)
-            yield start, text.byte
-            index += 1
+def _row_spans(text: _Text) -> Iterator[tuple[int, int]]:
+    """Yield first and last byte of each row of a JSON array or of JSON lines.
+
+    Raises:
+        DataError: a row is no JSON, the array does not end, or something comes after it.
+    """
+    parse, index = json.JSONDecoder().raw_decode, 0
+    array = text.skip(_SPACE) == "["
+    if array:
+        text.move(text.position + 1)
+    while text.skip(_BETWEEN_ROWS) not in ("", "]"):
+        while True:
+            try:
+                _, end = parse(text.text, text.position)
+                break
+            except json.JSONDecodeError as error:
+                if text.done:
+                    raise DataError(
+                        f"{text.path}: row {index} is not valid JSON ({error.msg}, near byte "
+                        f"{text.byte}); is the file complete?"
+                    ) from error
+                text.read()
+        start = text.byte
+        text.move(end)
+        yield start, text.byte
+        index += 1
+    if array:
+        if text.skip(_SPACE) != "]":
+            raise DataError(
+                f"{text.path}: the list has no ']' after {index} rows; is the file complete?"
+            )
+        text.move(text.position + 1)
+    if text.skip(_SPACE):
+        raise DataError(
+            f"{text.path}: something follows the last of {index} rows, at byte {text.byte}; give "
+            "one list of rows, or one row a line"
+        )
 
 
 def parquet_files(path: str) -> list[Path]:
@@ -222,11 +246,22 @@ class ParquetSource:
 
     @property
     def fingerprint(self) -> str:
-        """Path, size and time of the files, or what the hub's copy is known by."""
-        return file_stamp(self._files) if self._files else str(self._table._fingerprint)
+        """What the files or the hub's copy are known by, and the image folder."""
+        known = file_stamp(self._files) if self._files else self._table._fingerprint
+        return f"{known} {self.folder}"
 
 
 def file_stamp(files: Sequence[Path]) -> str:
-    """What tells one state of some files from another."""
-    states = [(str(file), os.stat(file)) for file in files]
-    return " ".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
+    """What tells one state of some parquet files from another: names, sizes and footers.
+
+    A footer says where everything in its file lies, in which range and how often. Times are left
+    out, for a copy on another machine has others.
+    """
+    stamps = []
+    for path in files:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - _FOOTER_BYTES, 0))
+            footer = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+        stamps.append(f"{path}:{size}:{footer}")
+    return " ".join(stamps)

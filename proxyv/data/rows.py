@@ -69,15 +69,20 @@ def subset_of(record: Any) -> str:
         return "unreadable"
     for field in ("data_source", "dataset_name"):
         if isinstance(record.get(field), str) and record[field]:
-            return record[field]
+            return _printable(record[field])
     image = record.get("image")
     image = image[0] if isinstance(image, list) and image else image
     if isinstance(image, Mapping):
         image = image.get("path") if not image.get("bytes") else "bytes"
     if isinstance(image, str) and image:
         folder = "/".join(Path(image).parent.parts[:2])
-        return folder or "images"
+        return _printable(folder) or "images"
     return "images" if image else "text only"
+
+
+def _printable(text: str) -> str:
+    """The text with halves of surrogate pairs, which UTF-8 cannot say, written as JSON does."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _turns(record: Mapping[str, Any], where: str, has_images: bool) -> list[Turn]:
@@ -128,5 +133,7 @@ def _images(value: Any, where: str) -> list[str | bytes]:
             raise DataError(
                 f"{where}, field 'image': expected a path or bytes, got {type(item).__name__}"
             )
+        if isinstance(item, str) and item != _printable(item):
+            raise DataError(f"{where}, field 'image': {item!a} is no Unicode text")
         images.append(item)
     return images

@@ -1,7 +1,8 @@
 """A look at every row before training: lengths for the sampler, counts for the report.
 
 Only headers of images are read. The table is kept in a file whose name says what it was made of,
-so that the next run, and every other rank, reads it in no time.
+so that the next run, and every other rank, reads it in no time. Rows that could not be used are
+looked at again by each of them: an image that was missing may be there now.
 """
 
 from __future__ import annotations
@@ -9,28 +10,36 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from proxyv.data.dataset import FACTS, ConversationDataset
 
-__all__ = ["scan_rows"]
+__all__ = ["ScanStopped", "scan_rows"]
+
+_BATCH = 256
+
+
+class ScanStopped(Exception):
+    """A look at the rows was broken off; what it had found is kept for the next one."""
 
 
 class _Measured(Dataset[tuple[int, int, int, int, bool]]):
-    """A dataset whose items are the facts of its rows."""
+    """A dataset whose items are the facts of some of its rows."""
 
-    def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: ConversationDataset, rows: np.ndarray) -> None:
+        self.dataset, self.rows = dataset, rows
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, int, int, int, bool]:
-        return self.dataset.measure(index)
+        return self.dataset.measure(int(self.rows[index]))
 
 
 def _table(facts: list[Any]) -> np.ndarray:
@@ -38,7 +47,12 @@ def _table(facts: list[Any]) -> np.ndarray:
 
 
 def scan_rows(
-    dataset: ConversationDataset, workers: int = 0, cache: Path | None = None
+    dataset: ConversationDataset,
+    workers: int = 0,
+    cache: Path | None = None,
+    *,
+    start_worker: Callable[[int], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Measure every row.
 
@@ -47,18 +61,41 @@ def scan_rows(
         workers: processes that work on it; 0 works in this one.
         cache: folder that tables are kept in; None keeps none. In a run of several ranks one scans
             and the others wait, then call this too and find the table.
+        start_worker: called in each of the processes before it works.
+        stopped: asked now and then whether to break off.
 
     Returns:
         (rows,) of :data:`proxyv.data.dataset.FACTS`. For the sampler: ``lengths=table["tokens"]``,
         ``has_image=table["images"] > 0``.
+
+    Raises:
+        ScanStopped: it was broken off.
     """
     path = None if cache is None else cache / f"rows-{_fingerprint(dataset)}.npy"
     if path is not None and path.is_file():
-        return np.load(path, allow_pickle=False)
-    loader = DataLoader(_Measured(dataset), batch_size=256, num_workers=workers, collate_fn=_table)
-    table = np.concatenate([np.empty(0, FACTS), *loader])
-    if path is not None:
+        table = np.load(path, allow_pickle=False)
+    else:
+        table = np.zeros(len(dataset), FACTS)
+        table["failed"] = True  # until it has been looked at
+    rows = np.flatnonzero(table["failed"])
+    loader = DataLoader(
+        _Measured(dataset, rows),
+        batch_size=_BATCH,
+        num_workers=workers if len(rows) > _BATCH else 0,
+        collate_fn=_table,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # a run draws the same numbers whether it finds a table or not
+    )
+    done = 0
+    for facts in loader:
+        table[rows[done : done + len(facts)]] = facts
+        done += len(facts)
+        if stopped():
+            break
+    if path is not None and not table["failed"][rows[:done]].all():
         _save(table, path)
+    if done < len(rows):
+        raise ScanStopped(f"broken off after {done:,} of {len(rows):,} rows")
     return table
 
 
@@ -77,7 +114,7 @@ def _save(table: np.ndarray, path: Path) -> None:
 
 
 def _fingerprint(dataset: ConversationDataset) -> str:
-    """Name of what decides on the facts: rows, template, vocabulary, crops and length limit.
+    """Name of what decides on the facts: rows, image folder, template, crops and length limit.
 
     How images are cut is known by trying it on sizes of all shapes. Images replaced by others of
     another size go unnoticed: remove the table then.

@@ -84,9 +84,10 @@ class ParquetStream:
 
     @property
     def fingerprint(self) -> str:
-        """Path, size and time of the files; on the hub, their addresses with the commit."""
+        """What the files are known by (on the hub: address and commit), and the image folder."""
         here = [Path(file) for file in self._files if "://" not in file]
-        return " ".join([*(file for file in self._files if "://" in file), file_stamp(here)])
+        there = [file for file in self._files if "://" in file]
+        return " ".join([*there, file_stamp(here), str(self.folder)])
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process opens the files anew."""

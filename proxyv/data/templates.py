@@ -2,8 +2,9 @@
 
 A template is a row of the table in ``proxyv/model/chat_templates.py``; :class:`Renderer` does the
 work for all of them.
-Labels are exactly the answers and their end tokens. Text that a user or a data set brings is
-never read as control tokens: ``</s>`` written in a question is five characters.
+Labels are exactly the answers and their end tokens; a token that an answer shares with the newline
+before it, because it begins with one itself, belongs to the answer. Text that a user or a data set
+brings is never read as control tokens: ``</s>`` written in a question is five characters.
 
 Source: authors' ``llava/conversation.py`` and ``preprocess_*`` (``train.py``).
 Differs: ids and labels are made in one pass instead of re-tokenizing pieces and subtracting; an
@@ -90,11 +91,12 @@ def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
             gpt, system) or with ``role`` and ``content`` (roles user, assistant, system).
 
     Raises:
-        ValueError: a message has no text, or a role nobody knows.
+        ValueError: a message has no text, text that is no Unicode, or a role nobody knows.
     """
     turns: list[Turn] = []
     for number, message in enumerate(conversation):
         if isinstance(message, Turn):
+            _check_unicode(f"message {number} (from {message.role!r})", message.text)
             turns.append(message)
             continue
         role = message.get("from", message.get("role"))
@@ -105,8 +107,20 @@ def as_turns(conversation: Iterable[Turn | Mapping[str, Any]]) -> list[Turn]:
             raise ValueError(
                 f"message {number} (from {role!r}): the text must be a string, got {text!r}"
             )
+        _check_unicode(f"message {number} (from {role!r})", text)
         turns.append(Turn(_ROLES[role], text))
     return turns
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start} of the text is {text[error.start]!a}, half of a "
+            "surrogate pair and no Unicode; write the whole character, or leave it out"
+        ) from error
 
 
 def template_of(tokenizer: Any, name: str = "auto") -> Template:
@@ -291,7 +305,7 @@ class Renderer:
             if isinstance(part, Control):
                 pieces.control(part, supervised=True)
             elif isinstance(part, Message):
-                pieces.text(part.trim(text), supervised=True)
+                pieces.text(self._trimmed(part, text), supervised=True)
             elif text or number:  # what leads to an answer is not written before an empty one
                 pieces.text(str(part), supervised=True)
         self._add(pieces, self.template.after_answer, "")
@@ -313,17 +327,25 @@ class Renderer:
             elif not isinstance(part, Message):
                 pieces.text(part, supervised=False)
             elif lengths is None:
-                pieces.text(part.trim(text), supervised=False)
+                pieces.text(self._trimmed(part, text), supervised=False)
             else:
-                for number, chunk in enumerate(part.trim(text).split(IMAGE_MARK)):
+                for number, chunk in enumerate(self._trimmed(part, text).split(IMAGE_MARK)):
                     if number:
                         pieces.image(lengths.pop(0))
                     pieces.text("" if part.images_only else chunk, supervised=False)
+
+    def _trimmed(self, part: Message, text: str) -> str:
+        """The text without the white space that the template leaves out.
+
+        Sentencepiece writes a space as U+2581 and takes that sign for a space where text has it.
+        """
+        return part.trim(text.replace("\u2581", " ") if self._said.dummy_space else text)
 
     def _encode(self, pieces: _Pieces) -> Rendered:
         ids: list[int] = []
         labels: list[int] = []
         fresh = True  # sentencepiece starts a text, but not what follows a token, with a space
+        lead = ""  # the unsupervised text right before
         for kind, value, supervised in pieces.items:
             if kind in ("control", "start"):
                 new, fresh = [self._control_ids[str(value)]], fresh and kind == "start"
@@ -337,9 +359,30 @@ class Renderer:
             else:
                 text = "\u2581" + str(value) if fresh and self._said.dummy_space else str(value)
                 new, fresh = self._said.ids(text), False
+                if supervised and lead[-1:].isspace() and text[:1].isspace():
+                    taken, new = self._joined(lead, text)
+                    del ids[len(ids) - taken :], labels[len(labels) - taken :]
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
+            lead = text if kind == "text" and not supervised else ""
         return Rendered(ids, labels)
+
+    def _joined(self, lead: str, text: str) -> tuple[int, list[int]]:
+        """Ids of an answer that begins with white space, after a lead that ends with some.
+
+        Vocabularies may have a token for both together. It holds a part of the answer, so it is
+        supervised; the prompt of the same answer still ends with the lead's own token.
+
+        Returns:
+            How many of the lead's ids make way, and the ids in their and the answer's place.
+
+        Source: the authors and the models' own chat templates tokenize a message with its header.
+            Differs: no.
+        """
+        alone, both = self._said.ids(lead), self._said.ids(lead + text)
+        pairs = enumerate(zip(alone, both, strict=False))
+        same = next((n for n, (one, other) in pairs if one != other), len(alone))
+        return len(alone) - same, both[same:]
 
 
 def _image_first(text: str) -> str:

@@ -2,7 +2,8 @@
 
 Two forms: ours, a ``.safetensors`` file under our names, and the authors' ``mm_projector.bin``
 under theirs. Both hold projector, newline and ProxyV modules; which layers those belong to is
-checked when one is read, never guessed.
+checked when one is read, never guessed. Ours also says how the model was built that trained them
+(``stage1_facts``); theirs cannot, and is always of a model built as the authors'.
 
 Source: authors' training code, ``mm_projector.bin`` at the end of stage 1. Differs: another start
     layer, or a file without ProxyV modules, is an error; theirs load what fits, silently.
@@ -10,23 +11,36 @@ Source: authors' training code, ``mm_projector.bin`` at the end of stage 1. Diff
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from proxyv.model.checkpoints import check_variant, from_released, load_exactly, to_released
 
-__all__ = ["load_projector", "load_stage1", "read_stage1", "save_stage1", "write_stage1"]
+__all__ = [
+    "load_projector",
+    "load_stage1",
+    "read_stage1",
+    "save_stage1",
+    "stage1_facts",
+    "write_stage1",
+]
 
 _OURS = re.compile(
     r"\.(multi_modal_projector|guided_update|proxy_initializer|light_mlp)\.|\.image_newline$"
 )
 _THEIRS = re.compile(r"model\.vision_mlp_layers\.\d+\.")
+_RELEASED = {"layout": "released", "downsample": "bilinear", "proxy_positions": "consecutive"}
+"""How the authors' models are built: all that a file of theirs can be read as."""
+_DEFAULTS = {**_RELEASED, "layout": "natural"}
+_FACTS = (*_RELEASED, "side_reduction")  # which the config.json beside a file of theirs says
 _LAYER = re.compile(r"\.layers\.(\d+)\.(?:guided_update|proxy_initializer)\.")
 
 
@@ -36,8 +50,12 @@ def save_stage1(model: nn.Module, path: str | Path) -> None:
     Args:
         model: a ``ProxyVForConditionalGeneration``.
         path: file to write, ``.safetensors`` or ``.bin``.
+
+    Raises:
+        ValueError: see ``write_stage1``.
     """
-    write_stage1(_stage1_part(model), path, _first_update(model.config))
+    facts = {name: getattr(model.config, name) for name in _FACTS}
+    write_stage1(_stage1_part(model), path, _first_update(model.config), facts)
 
 
 def load_stage1(model: nn.Module, path: str | Path) -> None:
@@ -113,22 +131,48 @@ def read_stage1(path: str | Path, start_layer: int | None) -> dict[str, Tensor]:
     return state
 
 
-def write_stage1(state: Mapping[str, Tensor], path: str | Path, start_layer: int | None) -> None:
+def stage1_facts(path: str | Path) -> dict[str, Any]:
+    """How the model was built that a stage-1 file is from: fields of its configuration.
+
+    A ``.safetensors`` file that says nothing is from a model with the defaults.
+    """
+    path = Path(path)
+    if path.suffix == ".bin":
+        return {"layout": "released"}
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
+
+
+def write_stage1(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    start_layer: int | None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write a stage-1 file: ``.safetensors`` under our names, ``.bin`` under the authors'.
 
     Args:
         state: tensors under our names.
         path: file to write.
         start_layer: layer that the first guided update belongs to; None for a baseline.
+        facts: how the model was built, as ``stage1_facts`` gives it; None for the defaults.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or a model that a ``.bin`` would be read as another of.
     """
-    path = Path(path)
+    path, facts = Path(path), dict(facts or {})
     if path.suffix == ".safetensors":
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, path, metadata={"format": "pt", "start_layer": str(start_layer)})
+        metadata = {"format": "pt", "start_layer": str(start_layer), "facts": json.dumps(facts)}
+        save_file(tensors, path, metadata=metadata)
     elif path.suffix == ".bin":
+        built = _DEFAULTS | facts
+        for name, wanted in _RELEASED.items():
+            if built[name] != wanted:
+                raise ValueError(
+                    f"{path}: {name}={built[name]!r} cannot be said in a .bin file, which is read "
+                    f"as {wanted!r}: write a .safetensors file"
+                )
         torch.save(to_released(state, start_layer), path)
     else:
         raise ValueError(f"{path}: the name must end in .safetensors (ours) or .bin (the authors')")

@@ -43,6 +43,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.preset is not None and options.stage is None:
         parser.error("--preset needs --stage")
+    if options.config is not None and options.stage is not None:
+        parser.error(
+            f"--stage {options.stage} goes with --preset: a --config file says its own stage "
+            "(stage.name)"
+        )
     if options.nproc < 1:
         parser.error(f"--nproc {options.nproc}: at least 1")
     return options

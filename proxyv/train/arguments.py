@@ -38,12 +38,21 @@ def accumulation_steps(settings: Settings, ranks: int) -> int:
 
 
 def total_steps(settings: Settings, rows: int, ranks: int) -> int:
-    """Optimiser steps of a run over so many rows, counted as the trainer counts them."""
+    """Optimiser steps of a run over so many rows, counted as the trainer counts them.
+
+    Raises:
+        ValueError: there are so few rows that nothing is left of a pass.
+    """
     optim = settings.optim
-    if optim.max_steps is not None:
-        return optim.max_steps
     fill = math.floor if settings.data.drop_last else math.ceil
     batches = fill(fill(rows / optim.micro_batch) / ranks)
+    if not batches:
+        raise ValueError(
+            f"data.drop_last=true: {rows} rows fill no micro-batch of {optim.micro_batch} rows "
+            f"(optim.micro_batch) on each of {ranks} ranks: set it to false, or use smaller ones"
+        )
+    if optim.max_steps is not None:
+        return optim.max_steps
     a_pass = max(math.ceil(batches / accumulation_steps(settings, ranks)), 1)
     return max(math.ceil(optim.epochs * a_pass), 1)
 

@@ -47,6 +47,8 @@ class Checkpoints:
         keep: how many complete checkpoints to keep.
         identity: settings that shape the run; a checkpoint of another run is refused.
         say: where messages go (first rank only).
+        data: what the rows are known by; a checkpoint of a run over others is refused, but not one
+            that says nothing of them, as older ones do.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Checkpoints:
         keep: int,
         identity: dict[str, Any],
         say: Callable[[str], Any] = print,
+        *,
+        data: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.keep = folder, keep
-        self.identity = json.loads(json.dumps(identity))
+        self.identity, self.data = json.loads(json.dumps([identity, data or {}]))
         self._say = say if rank() == 0 else (lambda _: None)
 
     def latest(self) -> Path | None:
@@ -102,17 +106,17 @@ class Checkpoints:
         return next((each for each in gather(fault) if each is not None), None)
 
     def _check_identity(self, path: Path) -> None:
-        written = _read_manifest(path)["identity"]
-        keys = sorted(written.keys() | self.identity.keys())
-        changed = [
-            f"{key}={written.get(key)} then, {self.identity.get(key)} now"
-            for key in keys
-            if written.get(key) != self.identity.get(key)
-        ]
-        if changed:
+        manifest = _read_manifest(path)
+        if changed := _differences(manifest["identity"], self.identity):
             raise CheckpointError(
-                f"{path} belongs to a run with other settings ({'; '.join(changed)}): use the "
+                f"{path} belongs to a run with other settings ({changed}): use the "
                 "same ones to go on, another run.output_dir, or run.resume=false to begin anew"
+            )
+        if changed := _differences(manifest.get("data", self.data), self.data):
+            raise CheckpointError(
+                f"{path} belongs to a run over other rows ({changed}): put back what was in "
+                "data.annotations to go on, use another run.output_dir, or run.resume=false to "
+                "begin anew"
             )
 
     def write(self, step: int, fill: Callable[[Path], None], needed_bytes: int = 0) -> bool:
@@ -152,7 +156,7 @@ class Checkpoints:
             raise OSError(f"{needed_bytes:,} bytes needed, {free:,} free on the disk")
 
     def _commit(self, partial: Path, final: Path, entries: dict[str, Any]) -> None:
-        manifest = {"identity": self.identity, "files": entries}
+        manifest = {"identity": self.identity, "data": self.data, "files": entries}
         with open(partial / MANIFEST, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -186,6 +190,15 @@ class Checkpoints:
         self.remove_partial()
         for _, path in find_checkpoints(self.folder):
             _remove(path)
+
+
+def _differences(written: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What was written otherwise than it is wanted now, in words."""
+    return "; ".join(
+        f"{key}={written.get(key)} then, {wanted.get(key)} now"
+        for key in sorted(written.keys() | wanted.keys())
+        if written.get(key) != wanted.get(key)
+    )
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[str | None, Any]:

@@ -1,6 +1,7 @@
 """Reading settings: YAML files that build on a ``base:``, then ``section.name=value`` overrides.
 
-An unknown key is refused with the nearest known one; a value of the wrong type names its place.
+An unknown key is refused with the nearest known one; a value of the wrong type names its place. A
+setting that is a mapping is replaced as a whole, but for ``section.name.key=value``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Args:
         path: the file; its ``base:`` (one file or a list, the last counts) is relative to it.
-        overrides: ``section.name=value``, values as in YAML (``null``, ``1e-4``, ``[1, 2]``).
+        overrides: ``section.name=value``, values as in YAML (``null``, ``1e-4``, ``[1, 2]``); of a
+            setting that is text, ``null``, nothing, what is in quotes, or else the text as it is.
 
     Raises:
         FileNotFoundError: the file, or one that it builds on, does not exist.
@@ -82,7 +84,7 @@ def _merged(parts: Iterable[tuple[str, dict[str, Any]]]) -> Settings:
     for source, content in parts:
         _check_keys(source, content)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(content))
+            _replace(merged, content)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "a section"
             reason = str(error).splitlines()[0]
@@ -121,16 +123,39 @@ def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
     return [*before, (str(path), cast(dict[str, Any], content))]
 
 
+def _replace(merged: Any, content: Mapping[str, Any]) -> None:
+    """Put the settings of a source in the place of earlier ones, mappings and lists as a whole."""
+    for section, part in content.items():
+        for name, value in part.items():
+            OmegaConf.update(merged, f"{section}.{name}", value, merge=False)
+
+
 def _override(text: str) -> tuple[str, dict[str, Any]]:
-    key, sign, _ = text.partition("=")
+    """Name and content of an override; ``section.name.key`` stands under ``name.key``.
+
+    YAML would make a number of ``2026_10_01``, false of ``no`` and a comment of what follows a
+    space and ``#``: a path or a name is taken as it is.
+    """
+    key, sign, value = text.partition("=")
+    source = f"override {text!r}"
     if not sign or not key:
-        raise ValueError(f"override {text!r}: expected section.name=value, such as optim.lr=4e-5")
-    content = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    return f"override {text!r}", cast(dict[str, Any], content)
+        raise ValueError(f"{source}: expected section.name=value, such as optim.lr=4e-5")
+    section, _, name = key.partition(".")
+    kinds = {known: str(item.type) for known, _, item in walk(Settings())}
+    is_text = kinds.get(key) in ("str", "str | None")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if is_text and value not in ("", "null") and not quoted:
+        return source, {section: {name: value}}
+    try:
+        read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    given = cast(dict[str, Any], read)["value"]
+    return source, {section: {name: given} if name else given}
 
 
 def _check_keys(source: str, content: Mapping[str, Any]) -> None:
-    known = [key for key, _, _ in walk(Settings())]
+    known = {key: value for key, value, _ in walk(Settings())}
     sections = [item.name for item in fields(Settings)]
     for section, part in content.items():
         if section not in sections:
@@ -148,11 +173,14 @@ def _check_keys(source: str, content: Mapping[str, Any]) -> None:
             raise ValueError(f"{source}: section {section!r} needs settings, got {part!r}")
         names = [key for key in known if key.startswith(f"{section}.")]
         for name in part:
-            if f"{section}.{name}" not in names:
+            setting, _, key = str(name).partition(".")
+            if f"{section}.{setting}" not in names:
                 raise ValueError(f"{source}: {nearest('setting', f'{section}.{name}', names)}")
+            if key and not isinstance(known[f"{section}.{setting}"], dict):
+                raise ValueError(f"{source}: {section}.{setting} is one value, and has no {key!r}")
 
 
-def _by_leaf(leaf: str, known: Sequence[str]) -> list[str]:
+def _by_leaf(leaf: str, known: Iterable[str]) -> list[str]:
     """Full keys whose last part looks like ``leaf``."""
     leaves = {key.partition(".")[2]: key for key in known}
     return [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from proxyv.data.failures import FailureLog
 from proxyv.data.pipeline import ImagePipeline
 from proxyv.data.readers import Source
 from proxyv.data.sampler import GroupedSampler, LaneSampler, RowSampler
-from proxyv.data.scan import scan_rows
+from proxyv.data.scan import ScanStopped, scan_rows
 from proxyv.data.sources import open_source
 from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
@@ -43,7 +45,7 @@ from proxyv.train.config_files import settings_yaml, write_atomically
 from proxyv.train.lock import only_run
 from proxyv.train.progress import MetricsFile, Progress
 from proxyv.train.settings import Settings, walk
-from proxyv.train.signals import Interrupted, StopOnSignal
+from proxyv.train.signals import Interrupted, StopOnSignal, start_worker
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
@@ -59,6 +61,7 @@ def open_data(settings: Settings) -> Source:
         streaming=data.streaming,
         max_megapixels=data.max_megapixels,
         follow_links=data.follow_links,
+        squared=data.image_aspect_ratio == "pad",
     )
 
 
@@ -164,7 +167,7 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
         data.limit,
         data.on_failure,
     )
-    sampler, report = _order(settings, dataset, folder.parent / ".rows", ranks)
+    sampler, report = _order(settings, dataset, folder.parent / ".rows", ranks, stop)
     steps = total_steps(settings, len(dataset), ranks)
     if data.expected_rows not in (None, len(source)):
         say(f"note: {len(source):,} rows, where data.expected_rows={data.expected_rows:,}")
@@ -179,9 +182,13 @@ def _prepare(settings: Settings, stop: StopOnSignal) -> tuple[Path, Built, Proxy
 
 
 def _order(
-    settings: Settings, dataset: ConversationDataset, cache: Path, ranks: int
+    settings: Settings, dataset: ConversationDataset, cache: Path, ranks: int, stop: StopOnSignal
 ) -> tuple[RowSampler, DataReport]:
-    """The order of rows; where it goes by length every row is measured, once for all runs."""
+    """The order of rows; where it goes by length every row is measured, once for all runs.
+
+    Raises:
+        Interrupted: SIGTERM came meanwhile; what was measured is kept.
+    """
     data, seed = settings.data, settings.run.seed
     if not data.group_by_length:
         report = check_rows(dataset, data.check_rows, data.max_unsupervised_share)
@@ -191,7 +198,20 @@ def _order(
         lanes = ranks * max(data.workers, 1)
         return LaneSampler(blocks[: len(dataset)], settings.optim.micro_batch, lanes, seed), report
     with only_run(cache, wait_seconds=math.inf):  # one rank measures, the others find its table
-        facts = scan_rows(dataset, data.workers, cache)
+        try:
+            facts = scan_rows(
+                dataset,
+                data.workers,
+                cache,
+                start_worker=partial(start_worker, None),
+                stopped=lambda: bool(stop.received),
+            )
+        except ScanStopped as error:
+            raise Interrupted(
+                stop.received,
+                f"stopped by signal {stop.received} in the look at the rows, {error}; the same "
+                "command goes on from there",
+            ) from error
     report = report_rows(dataset, facts, data.max_unsupervised_share)
     micro = settings.optim.micro_batch
     return GroupedSampler(facts["tokens"], facts["images"] > 0, micro, ranks, seed), report
@@ -236,7 +256,9 @@ def _trainer(
         settings,
         sampler,
         FailureLog(folder / "failures.txt"),
-        checkpoints=Checkpoints(folder, run.keep_checkpoints, identity(settings, ranks)),
+        checkpoints=Checkpoints(
+            folder, run.keep_checkpoints, identity(settings, ranks), data=_data_facts(dataset)
+        ),
         model=built.model,
         args=training_arguments(settings, folder, len(dataset), ranks),
         train_dataset=dataset,
@@ -262,6 +284,12 @@ def identity(settings: Settings, ranks: int) -> dict[str, Any]:
     if settings.data.streaming:
         fixed["data.workers"] = settings.data.workers  # the order of streamed rows depends on it
     return {**fixed, "ranks": ranks}
+
+
+def _data_facts(dataset: ConversationDataset) -> dict[str, Any]:
+    """What the rows of a run are known by."""
+    digest = hashlib.sha256(dataset.source.fingerprint.encode()).hexdigest()
+    return {"rows": len(dataset), "fingerprint": digest[:16]}
 
 
 def _pad_token_id(built: Built) -> int:

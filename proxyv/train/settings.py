@@ -10,6 +10,7 @@ Differs: the global batch is one setting, and accumulation follows from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -28,6 +29,10 @@ __all__ = [
     "check_settings",
     "walk",
 ]
+
+
+_UNLIMITED = ("optim.max_grad_norm", "data.max_megapixels")
+"""Settings that may be infinite: limits that then limit nothing."""
 
 
 def option(
@@ -209,7 +214,7 @@ class OptimSettings:
 
     global_batch: int = option(512, "rows of an optimiser step over all ranks", low=1)
     micro_batch: int = option(16, "rows of one rank at a time", low=1)
-    epochs: float = option(1.0, "passes over the data", low=0.0)
+    epochs: float = option(1.0, "passes over the data", low=1e-6)
     max_steps: int | None = option(None, "stop after this many steps; null uses epochs", low=1)
     lr: float = option(1e-3, "learning rate of every part without its own", low=0.0)
     projector_lr: float | None = option(
@@ -347,6 +352,7 @@ def check_settings(settings: Settings) -> Settings:
             "data.streaming=true with data.group_by_length=true: lengths are known once every row "
             "has been read; set one of the two to false"
         )
+    _check_feature_layer(model.vision_feature_layer)
     _check_adapters(settings)
     if run.wandb_mode == "online" and run.tracker != "wandb":
         raise ValueError(
@@ -354,6 +360,15 @@ def check_settings(settings: Settings) -> Settings:
         )
     _check_pinpoints(settings.data)
     return settings
+
+
+def _check_feature_layer(value: Any) -> None:
+    layers = value if isinstance(value, list) else [value]
+    if not layers or any(isinstance(n, bool) or not isinstance(n, int) for n in layers):
+        raise ValueError(
+            f"model.vision_feature_layer={value}: expected the number of a layer, such as -2, or a "
+            "list of them"
+        )
 
 
 def _check_adapters(settings: Settings) -> None:
@@ -386,6 +401,8 @@ def _check_value(key: str, value: Any, item: Field[Any]) -> None:
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise ValueError(f"{key}={value} is out of range: it must be {limits}")
+    if isinstance(value, float) and math.isinf(value) and key not in _UNLIMITED:
+        raise ValueError(f"{key}={value} is out of range: it must be finite")
 
 
 def _check_pinpoints(data: DataSettings) -> None:

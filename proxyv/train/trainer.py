@@ -46,6 +46,7 @@ class ProxyVTrainer(ResumableTrainer):
         self.settings, self.sampler, self.failures = settings, sampler, failures
         self._tokens = self._supervised = self._failed = 0
         self._flops = 0.0
+        self._rates: dict[str, float] = {}
         gpu = torch.cuda.is_available()
         self._peak = peak_flops(torch.cuda.get_device_name()) if gpu else None
         self._since = time.monotonic()
@@ -167,7 +168,7 @@ class ProxyVTrainer(ResumableTrainer):
             logs["supervised_share"] = round(supervised / max(tokens, 1.0), 4)
             logs["skipped_steps"] = self.skipped_steps
             logs["failed_rows"] = int(failed)
-            for name, rate in self._rates(logs.get("learning_rate", 0.0)).items():
+            for name, rate in self._rates.items():
                 logs[f"lr_{name}"] = rate
             for name, norm in self._group_norms(logs).items():
                 logs[f"grad_norm_{name}"] = norm
@@ -188,14 +189,16 @@ class ProxyVTrainer(ResumableTrainer):
         gathered: Any = self.accelerator.gather(counts.to(self.args.device)[None])
         return gathered.sum(0).cpu()
 
-    def _rates(self, first: float) -> dict[str, float]:
-        """Learning rates of the parts that train, from that of the first group.
+    def _get_learning_rate(self) -> float:
+        """The learning rate of the first part that has one.
 
-        All follow one schedule, and the optimiser itself is already at the next step's rate.
+        The trainer asks before it sets the next step's; those of all parts are noted then.
         """
-        groups = [g for g in getattr(self.optimizer, "param_groups", []) if g.get("initial_lr")]
-        share = first / groups[0]["initial_lr"] if groups else 0.0
-        return {group["name"]: group["initial_lr"] * share for group in groups}
+        first = super()._get_learning_rate()
+        groups = getattr(self.optimizer, "param_groups", [])
+        self._rates = {group["name"]: float(group["lr"]) for group in groups}
+        rising = (float(group["lr"]) for group in groups if group.get("initial_lr"))
+        return first or next(rising, 0.0)
 
     def full_state(self) -> dict[str, Tensor]:
         """Weights of the whole model on every rank's main process, gathered from shards."""
