@@ -18,6 +18,7 @@ from proxyv.model.flops import RowTokens
 from proxyv.model.guided_update import GuidedUpdate
 from proxyv.model.passes import add_to, normalise
 from proxyv.model.proxies import add_to_blocks, join_groups, split_groups
+from proxyv.model.streams import SplitRows
 from proxyv.profiling.arms import Arm, Inputs, make_inputs
 from proxyv.profiling.measure import time_interleaved
 from proxyv.profiling.report import Plot, Report
@@ -110,13 +111,15 @@ def _with_joined_streams(arm: Arm, inputs: Inputs) -> Cache:
             hook.remove()
 
 
-def _join_and_split(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+def _join_and_split(
+    _: nn.Module, args: Any, kwargs: dict[str, Any], output: SplitRows
+) -> SplitRows:
     """What a layer would hand on if every layer took and gave natural rows."""
     layout = kwargs["streams"].layout
-    natural, main, full, splats = output
-    num_proxies = main.shape[1] - layout.light_index.shape[1]
-    light, full = layout.split(layout.join(main[:, num_proxies:], full))
-    return natural, torch.cat([main[:, :num_proxies], light], dim=1), full, splats
+    num_proxies = output.main.shape[1] - layout.light_index.shape[1]
+    light, full = layout.split(layout.join(output.main[:, num_proxies:], output.full))
+    main = torch.cat([output.main[:, :num_proxies], light], dim=1)
+    return output._replace(main=main, full=full)
 
 
 @torch.no_grad()
