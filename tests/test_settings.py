@@ -143,6 +143,10 @@ def test_resolved_settings_read_back(tmp_path):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="unknown preset 'tinny': did you mean 'tiny'"):
         preset_file("tinny", "pretrain")
+    only = r"'vicuna-7b-L20': did you mean 'vicuna-7b-L16'\? \(one of vicuna-7b, vicuna-7b-24gb,"
+    with pytest.raises(ValueError, match=only) as refused:  # variants of that model alone
+        preset_file("vicuna-7b-L20", "pretrain")
+    assert "vicuna-13b" not in str(refused.value)
     assert preset_file("tiny-baseline", "finetune").name == "finetune-baseline.yaml"
 
 

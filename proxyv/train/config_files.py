@@ -47,7 +47,9 @@ def preset_file(preset: str, stage: str) -> Path:
         for path in folder.glob(f"*/{stage}*.yaml"):
             found[path.parent.name + path.stem.removeprefix(stage)] = path
     if preset not in found:
-        raise ValueError(nearest("preset", preset, found))
+        model = max((n for n in found if preset.startswith(f"{n}-")), key=len, default=None)
+        of_model = [n for n in found if n == model or n.startswith(f"{model}-")]
+        raise ValueError(nearest("preset", preset, of_model or found))
     return found[preset]
 
 
