@@ -17,6 +17,7 @@ __all__ = [
     "add_model_options",
     "model_options",
     "nearest",
+    "place",
     "require_one_of",
     "run_command",
     "table_console",
@@ -42,6 +43,16 @@ def nearest(what: str, name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f": did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name!r}{hint} (one of {', '.join(names)})"
+
+
+def place(path: str | os.PathLike[str]) -> str:
+    """A path for an error: a relative one with the folder it starts from.
+
+    Most paths of configs and commands start where the command runs, so that one which is right may
+    be missing because the command runs elsewhere.
+    """
+    name = os.fspath(path)
+    return repr(name) if os.path.isabs(name) else f"{name!r} (in {os.getcwd()})"
 
 
 def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
@@ -87,12 +98,19 @@ def run_command(
     except (ValueError, OSError) as error:
         if os.environ.get("PROXYV_TRACEBACK") == "1":
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(_text(error).split()) or type(error).__name__
         print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _text(error: ValueError | OSError) -> str:
+    """What an error says; the operating system's own ones without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 def table_console(**options: Any) -> Console:

@@ -266,6 +266,12 @@ def test_help_shows_an_example(command, capsys):
     assert f"example:\n    python -m proxyv.data {command}" in capsys.readouterr().out
 
 
+def test_what_the_system_refuses_is_one_line_without_a_number(tmp_path, capsys):
+    path = tmp_path / "none" / "a.txt"
+    assert run_command(lambda _: path.write_text("")) == 2
+    assert capsys.readouterr().err == f"error: {path}: no such file or directory\n"
+
+
 def test_a_mistake_is_one_line(tmp_path, capsys):
     assert run_command(main, ["check", "--annotations", str(tmp_path / "gone.json")]) == 2
     error = capsys.readouterr().err

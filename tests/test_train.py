@@ -390,7 +390,7 @@ def test_a_bad_row_is_one_line_and_an_exit_code(world, tmp_path):
         (["--config", "configs/gone.yaml"], "no config file configs/gone.yaml"),
         (
             ["--config", "configs/tiny/pretrain.yaml", "--dry-run", "model.vision=data/nowhere"],
-            "no folder",
+            f"model.vision: no folder 'data/nowhere' (in {os.getcwd()})",
         ),
     ],
 )

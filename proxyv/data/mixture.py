@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from proxyv.cli import nearest
+from proxyv.cli import nearest, place
 from proxyv.data.readers import Source
 from proxyv.data.rows import Row
 from proxyv.data.sampler import WINDOW_ROWS
@@ -159,7 +159,7 @@ def open_mixture(
         ValueError: an entry has an unknown key or a wrong value.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.annotations: no file {str(path)!r}")
+        raise FileNotFoundError(f"data.annotations: no file {place(path)}")
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of data sets, each with 'annotations'")

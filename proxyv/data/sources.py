@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from proxyv.cli import place
 from proxyv.data.images import ImageFolder
 from proxyv.data.mixture import open_mixture
 from proxyv.data.readers import JsonSource, ParquetSource, Source
@@ -50,15 +51,15 @@ def _open_set(
     """Open a data set that is no mixture."""
     if images is not None and not os.path.isdir(images):
         raise FileNotFoundError(
-            f"data.images: no folder {images!r}; data/README.md says where real sets come from, "
-            "and python -m proxyv.synthetic --out data/generated draws the small one"
+            f"data.images: no folder {place(images)}; data/README.md says where real sets come "
+            "from, and python -m proxyv.synthetic --out data/generated draws the small one"
         )
     folder = ImageFolder(None if images is None else Path(images), **limits)
     path = Path(annotations)
     reader = ParquetStream if streaming else ParquetSource
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
-            raise FileNotFoundError(f"data.annotations: no file {annotations!r}")
+            raise FileNotFoundError(f"data.annotations: no file {place(annotations)}")
         return JsonSource(path, folder)
     if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
         return reader(annotations, folder)
@@ -69,4 +70,4 @@ def _open_set(
         )
     if _HUB_ID.fullmatch(annotations) and path.suffix != ".parquet":
         return reader(annotations, folder)
-    raise FileNotFoundError(f"data.annotations: no file or folder {annotations!r}")
+    raise FileNotFoundError(f"data.annotations: no file or folder {place(annotations)}")

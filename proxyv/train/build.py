@@ -17,6 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+from proxyv.cli import place
 from proxyv.config import ProxyVConfig
 from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_of
 from proxyv.model.modeling import ProxyVForConditionalGeneration
@@ -269,7 +270,7 @@ def _language_files(name: str) -> tuple[str, dict[str, str]]:
     else:
         path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"model.language={name}: no file {path}")
+        raise FileNotFoundError(f"model.language: no file {place(path)}")
     return str(path.parent), {"gguf_file": path.name}
 
 
@@ -283,7 +284,7 @@ def _check_backbones(model: ModelSettings) -> None:
         local = name.startswith((".", "/", "data/")) or name.count("/") > 1
         local = local and not name.endswith(".gguf")
         if local and not Path(name).is_dir():
-            raise FileNotFoundError(f"model.{key}: no folder {name!r}")
+            raise FileNotFoundError(f"model.{key}: no folder {place(name)}")
 
 
 def _processor(settings: Settings, tokenizer: Any, config: Any) -> ProxyVProcessor:
