@@ -54,16 +54,12 @@ def build_layout(
             for images, real_row in zip(spans, real.cpu(), strict=True)]  # fmt: skip
     longest = max((len(crop) for row in rows for crop in row.full.get(0, [])), default=0)
     padded = [_pad_crops([row.full[side] for row in rows], side**2 or longest) for side in sides]
-    full_index, full_valid = _join([index for index, _ in padded], [ok for _, ok in padded], rows)
-    parts = [_pad([row.proxy_anchor[side] for row in rows]) for side in sides]
-    anchor, proxy_valid = _join([index for index, _ in parts], [ok for _, ok in parts], rows)
-    rank, offset = (
-        _join([index for index, _ in padding], [ok for _, ok in padding], rows)[0]
-        for padding in (
-            [_pad([row.proxy_rank[side] for row in rows]) for side in sides],
-            [_pad([row.proxy_offset[side] for row in rows]) for side in sides],
-        )
+    full_index, full_valid = _join(padded, torch.zeros(len(rows), 0, dtype=torch.long))
+    proxies, proxy_valid = _join(
+        [_pad([row.proxies[side] for row in rows]) for side in sides],
+        torch.zeros(len(rows), 0, 3, dtype=torch.long),
     )
+    anchor, rank, offset = proxies.unbind(dim=2)  # each (B, P)
     light_index, light_valid = _pad([row.light for row in rows])
     shift = torch.stack([row.shift for row in rows])
     length = real.shape[1]
@@ -106,9 +102,8 @@ class _Row:
     Attributes:
         full: rows of the full tokens of each crop.
         light: rows of newline and text tokens.
-        proxy_anchor: first row of the image of each proxy.
-        proxy_rank: rank of each proxy within its image.
-        proxy_offset: its rotary position, from the image's first row.
+        proxies: (P, 3) of each proxy: its image's first row, its rank within the image, and its
+            rotary position from that first row.
         newline: (S,) True at newlines.
         empty: (S,) True at rows of an image that hold nothing.
         shift: (S,) what the layout adds to each position.
@@ -116,9 +111,7 @@ class _Row:
 
     full: dict[int, list[Tensor]]
     light: Tensor
-    proxy_anchor: dict[int, Tensor]
-    proxy_rank: dict[int, Tensor]
-    proxy_offset: dict[int, Tensor]
+    proxies: dict[int, Tensor]
     newline: Tensor
     empty: Tensor
     shift: Tensor
@@ -136,9 +129,8 @@ def _lay_out_row(
     is_light = real.bool().clone()
     newline, empty = torch.zeros_like(is_light), torch.zeros_like(is_light)
     shift = torch.zeros(real.shape[0], dtype=torch.long)
-    none = torch.zeros(0, dtype=torch.long)
     full: dict[int, list[Tensor]] = {side: [] for side in sides}
-    anchors, ranks, offsets = ({side: [none] for side in sides} for _ in range(3))
+    proxies = {side: [torch.zeros(0, 3, dtype=torch.long)] for side in sides}
     for image in images:
         grid = image.grid
         side, stride = grid.side or 0, grid.rows_per_crop
@@ -157,15 +149,13 @@ def _lay_out_row(
         if released:
             shift[rows[1:, -1]] = -stride
         rank = torch.arange(grid.num_crops * num_proxies(side or None))
-        anchors[side].append(torch.full_like(rank, image.start))
-        ranks[side].append(rank)
-        offsets[side].append(rank if block is None else _block_middles(grid, block))
+        offset = rank if block is None else _block_middles(grid, block)
+        anchor = torch.full_like(rank, image.start)
+        proxies[side].append(torch.stack([anchor, rank, offset], dim=1))
     return _Row(
         full=full,
         light=is_light.nonzero().flatten(),
-        proxy_anchor={side: torch.cat(anchors[side]) for side in sides},
-        proxy_rank={side: torch.cat(ranks[side]) for side in sides},
-        proxy_offset={side: torch.cat(offsets[side]) for side in sides},
+        proxies={side: torch.cat(parts) for side, parts in proxies.items()},
         newline=newline,
         empty=empty,
         shift=shift,
@@ -182,10 +172,10 @@ def _block_middles(grid: ImageGrid, block: int) -> Tensor:
 
 
 def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack index vectors, padding with each one's first entry; also what is no padding."""
+    """Stack indices (N, ...), padding with each one's first entry; also what is no padding."""
     length = max(len(row) for row in rows)
     valid = torch.arange(length)[None] < torch.tensor([len(row) for row in rows])[:, None]
-    index = torch.zeros(len(rows), length, dtype=torch.long)
+    index = torch.zeros(len(rows), length, *rows[0].shape[1:], dtype=torch.long)
     for target, row in zip(index, rows, strict=True):
         if len(row):
             target[:] = row[0]
@@ -208,12 +198,13 @@ def _pad_crops(rows: Sequence[Sequence[Tensor]], tokens: int) -> tuple[Tensor, T
     return index.flatten(1), valid.flatten(1)
 
 
-def _join(
-    indices: Sequence[Tensor], valid: Sequence[Tensor], rows: Sequence[_Row]
-) -> tuple[Tensor, Tensor]:
-    """The groups of crops one behind the other; (B, 0) if there are none."""
-    none = torch.zeros(len(rows), 0, dtype=torch.long)
-    return torch.cat([none, *indices], dim=1), torch.cat([none.bool(), *valid], dim=1)
+def _join(padded: Sequence[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:
+    """The sides one behind the other, and what is no padding; ``none`` (B, 0, ...) if no sides."""
+    valid = torch.zeros(none.shape[:2], dtype=torch.bool)
+    return (
+        torch.cat([none, *(index for index, _ in padded)], dim=1),
+        torch.cat([valid, *(real for _, real in padded)], dim=1),
+    )
 
 
 def _segments(natural: Tensor, num_light: int) -> tuple[tuple[bool, int, int], ...]:
