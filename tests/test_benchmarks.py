@@ -18,11 +18,12 @@ from proxyv.eval.__main__ import main
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, Benchmark, averages, select
 from proxyv.eval.benchmarks.ocrbench import CATEGORIES
 from proxyv.eval.metrics import mean, mme_perception, ocrbench_score
-from proxyv.eval.records import read_records, write_json
+from proxyv.eval.records import read_records
 from proxyv.eval.rescore import rescore
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.tables import results_table
+from proxyv.files import write_json
 from tests.small_model import save_small_model
 
 PHRASE = "\nAnswer the question using a single word or phrase."

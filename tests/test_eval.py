@@ -25,20 +25,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from proxyv import provenance
 from proxyv.cli import CommandError, run_command
 from proxyv.data.images import image_of_bytes
-from proxyv.eval import provenance
 from proxyv.eval.__main__ import main
 from proxyv.eval.answerer import Answerer, user_message
 from proxyv.eval.benchmarks import BENCHMARKS, select
 from proxyv.eval.controls import check_control, derange
 from proxyv.eval.images import row_images
 from proxyv.eval.plan import make_batches, make_items
-from proxyv.eval.provenance import fingerprint
-from proxyv.eval.records import read_records, rewrite_records, write_json
+from proxyv.eval.records import read_records, rewrite_records
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.tables import results_table
+from proxyv.files import write_json
+from proxyv.provenance import fingerprint
 from tests.small_model import save_small_model
 
 DOCVQA, CHARTQA = BENCHMARKS["docvqa"], BENCHMARKS["chartqa"]

@@ -21,11 +21,12 @@ from proxyv.cli import run_command
 from proxyv.eval.__main__ import main
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.compare import compare, name_runs
-from proxyv.eval.records import rewrite_records, write_json
+from proxyv.eval.records import rewrite_records
 from proxyv.eval.runner import summarise
 from proxyv.eval.statistics import average_interval, bootstrap_interval, paired_difference
 from proxyv.eval.stored import load_run
 from proxyv.eval.tables import comparison_latex, comparison_markdown, comparison_table
+from proxyv.files import write_json
 from tests.test_benchmarks import picture, save_parquet
 
 HOSTILE = "</script><script>document.title = 'owned'</script> 5% & \\x_y {a|b} *c*"

@@ -20,12 +20,12 @@ from proxyv.cli import run_command
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.images import row_images
-from proxyv.eval.provenance import git_commit
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
 from proxyv.model.crops import crop_layout
 from proxyv.model.flops import RowTokens, paper_flops
 from proxyv.profiling.shapes import with_start
+from proxyv.provenance import git_commit
 from proxyv.reproduce import work
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan

@@ -13,6 +13,7 @@ import yaml
 
 from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
+from proxyv.files import write_json
 from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, verdict
 from proxyv.reproduce.plan import ROOT, STAGES, Claim, Job, Plan, find_plan
@@ -24,7 +25,6 @@ from proxyv.reproduce.results import (
     result_file,
     task_entry,
     unpack,
-    write_result,
 )
 from proxyv.train.config_files import settings_yaml
 
@@ -103,7 +103,7 @@ def plan() -> Plan:
 
 def put(folder: Path, plan: Plan, found: dict[str, Any]) -> None:
     job = next(j for j in plan.jobs() if (j.arm.name, j.seed) == (found["arm"], found["seed"]))
-    write_result(result_file(folder / plan.name, job), found)
+    write_json(result_file(folder / plan.name, job), found)
 
 
 def fill(folder: Path, plan: Plan, lift: float, seeds: tuple[int, ...] = (1, 2, 3)) -> dict:

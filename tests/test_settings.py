@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from proxyv.files import write_text
 from proxyv.train.arguments import accumulation_steps, total_steps
-from proxyv.train.config_files import (
-    describe_settings,
-    load_settings,
-    preset_file,
-    settings_yaml,
-    write_atomically,
-)
+from proxyv.train.config_files import describe_settings, load_settings, preset_file, settings_yaml
 from proxyv.train.settings import Settings, walk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +130,7 @@ def test_unknown_keys_in_files_name_the_file(tmp_path):
 
 def test_resolved_settings_read_back(tmp_path):
     settings = load(tmp_path, "", "model.start_layer=null", "optim.lr=3e-4")
-    write_atomically(tmp_path / "run.yaml", "# comment\n" + settings_yaml(settings))
+    write_text(tmp_path / "run.yaml", "# comment\n" + settings_yaml(settings))
     assert load_settings(tmp_path / "run.yaml") == settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.yaml"]
 

@@ -21,8 +21,8 @@ from PIL import Image
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Benchmark, Record
 from proxyv.eval.plan import Answering, Item, item_images, make_record
-from proxyv.eval.records import read_json, write_json
 from proxyv.eval.sources import Rows
+from proxyv.files import read_json, write_json
 
 __all__ = ["Asker", "read_ahead"]
 

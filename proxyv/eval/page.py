@@ -25,6 +25,7 @@ from proxyv.eval.images import row_images
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.stored import StoredRun
 from proxyv.eval.tables import FOOTNOTE, format_score
+from proxyv.provenance import short_commit
 
 __all__ = ["Pictures", "choose_samples", "render_page"]
 
@@ -167,7 +168,7 @@ def _facts(name: str, run: StoredRun) -> dict[str, Any]:
         "settings": ", ".join(
             f"{key} {settings[key]}" for key in told if settings.get(key) is not None
         ),
-        "commit": (results.get("git_commit") or "unknown")[:12],
+        "commit": short_commit(results.get("git_commit")),
         "date": results.get("date", "unknown"),
         "hardware": results.get("hardware", {}).get("device", "unknown"),
         "failed": sum(task["failed"] for task in results["tasks"].values()),

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import Record
+from proxyv.files import json_line, write_text
 
-__all__ = ["append_records", "read_json", "read_records", "rewrite_records", "write_json"]
+__all__ = ["append_records", "read_records", "rewrite_records"]
 
 KEYS = ("index", "question_id", "prompt", "references", "answer", "score", "image_index", "error")
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
     """Add records to the file and hand them to the operating system at once."""
-    lines = "".join(_json(record) + "\n" for record in records)
+    lines = "".join(map(json_line, records))
     with path.open("a", encoding="utf-8") as stream:
         stream.write(lines)
 
@@ -56,47 +53,6 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """Read a JSON file that `write_json` wrote, one that holds an object.
-
-    Args:
-        path: the file.
-        advice: what to do about a damaged one, for the message.
-
-    Raises:
-        CommandError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise CommandError(f"{path} is damaged ({error}); {advice}") from error
-    if not isinstance(content, dict):
-        raise CommandError(f"{path} is damaged (it holds no JSON object); {advice}")
-    return content
-
-
 def rewrite_records(path: Path, records: Iterable[Record]) -> None:
     """Replace the file in one step."""
-    text = "".join(_json(record) + "\n" for record in records)
-    _replace(path, text)
-
-
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
-    """Write a JSON file in one step, so that it is never seen half written."""
-    _replace(path, _json(content, indent=2) + "\n")
-
-
-def _json(content: Any, indent: int | None = None) -> str:
-    """Readable JSON; half a surrogate pair, which UTF-8 cannot hold, is written as an escape."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
-    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_text(path, "".join(map(json_line, records)))

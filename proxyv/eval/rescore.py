@@ -18,11 +18,12 @@ from rich.console import Console
 from proxyv.cli import table_console
 from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
 from proxyv.eval.metrics import final_answer
-from proxyv.eval.provenance import git_commit
-from proxyv.eval.records import rewrite_records, write_json
+from proxyv.eval.records import rewrite_records
 from proxyv.eval.runner import summarise, write_submission
 from proxyv.eval.stored import load_run
 from proxyv.eval.tables import results_table
+from proxyv.files import write_json
+from proxyv.provenance import git_commit
 
 __all__ = ["main", "rescore"]
 

@@ -30,16 +30,11 @@ from proxyv.cli import CommandError
 from proxyv.eval.asking import Asker
 from proxyv.eval.benchmarks import Benchmark, Record
 from proxyv.eval.plan import Answering, Item, make_batches, make_items
-from proxyv.eval.records import (
-    append_records,
-    read_json,
-    read_records,
-    rewrite_records,
-    write_json,
-)
+from proxyv.eval.records import append_records, read_records, rewrite_records
 from proxyv.eval.sources import Rows
 from proxyv.eval.statistics import bootstrap_interval
 from proxyv.eval.team import ALONE, Team
+from proxyv.files import read_json, write_json
 
 __all__ = [
     "RunOptions",

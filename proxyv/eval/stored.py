@@ -9,7 +9,8 @@ from typing import Any
 
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS, Record
-from proxyv.eval.records import read_json, read_records
+from proxyv.eval.records import read_records
+from proxyv.files import read_json
 
 __all__ = ["StoredRun", "load_run"]
 

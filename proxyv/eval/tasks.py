@@ -13,11 +13,11 @@ from typing import Any
 from proxyv.cli import add_model_options
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, GROUPS, averages
-from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
-from proxyv.eval.records import read_json, write_json
 from proxyv.eval.runner import RunOptions, evaluate, open_output
 from proxyv.eval.sources import Rows
 from proxyv.eval.team import ALONE, Team
+from proxyv.files import read_json, write_json
+from proxyv.provenance import fingerprint, git_commit, hardware, versions
 
 __all__ = ["add_task_options", "score_tasks"]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proxyv.profiling.report import Plot, Report
+from proxyv.provenance import short_commit
 
 __all__ = ["LIMITS", "POINTS", "Limit", "limits_report"]
 
@@ -166,7 +167,7 @@ def _saved_lines(name: str, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _made(report: dict[str, Any]) -> str:
     """Day, commit and device of a report; not those of the table that collects it."""
     device = report.get("hardware", {}).get("device", "")
-    commit = (report.get("commit") or "no commit")[:7]
+    commit = short_commit(report.get("commit"))
     return f"{report.get('date', '')[:10]} {commit} {device}".strip()
 
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from proxyv.cli import table_console
-from proxyv.eval.provenance import git_commit, hardware
+from proxyv.provenance import git_commit, hardware
 
 __all__ = ["Plot", "Report"]
 

@@ -96,7 +96,8 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
 
     Runs beside this one take other jobs: each holds the folder of the model that it works on.
     """
-    from proxyv.reproduce.results import FAILED, read_result, result_file, write_result
+    from proxyv.files import write_json
+    from proxyv.reproduce.results import FAILED, read_result, result_file
     from proxyv.reproduce.work import failure, make_world, now, run_curve, run_job
     from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
@@ -119,7 +120,7 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
             raise
         except Exception as error:  # whatever an arm fails of, the others are worth running
             content = failure(plan, job, error)
-        write_result(result_file(results, job), content)
+        write_json(result_file(results, job), content)
         progress.end(job, content)
 
     left, patience = list(jobs), 0.0

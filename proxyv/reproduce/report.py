@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from proxyv.cli import CommandError
 from proxyv.eval.compare import LOWER_IS_BETTER
+from proxyv.provenance import short_commit
 from proxyv.reproduce.claims import (
     BLIND_SHARE,
     CLAIMS,
@@ -316,7 +317,7 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
     return {
         "figure": name,
         "rows": cells,
-        "commit": _short(found["commit"]),
+        "commit": short_commit(found["commit"]),
         "seed": plan.seeds[0],
         "file": f"{plan.name}/{CURVE}",
         "hardware": found["hardware"]["device"],
@@ -349,7 +350,7 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
         "name": f"{plan.name}/{result.path.name}",
         "seed": str(result.seed),
         "trained": _commits(content["training"]),
-        "commit": _short(content["commit"]),
+        "commit": short_commit(content["commit"]),
         "hardware": content["hardware"]["device"],
         "torch": content["versions"]["torch"],
         "command": f"bash scripts/reproduce.sh {plan.name} {arm}",
@@ -359,8 +360,4 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
 def _commits(training: Mapping[str, Any]) -> str:
     """Commits that trained both stages, the first one first."""
     found = [commit for stage in STAGES for commit in training[stage]["commits"]]
-    return ", ".join(dict.fromkeys(map(_short, found))) or "unknown"
-
-
-def _short(commit: str | None) -> str:
-    return "unknown" if commit is None else commit[:10] + commit[40:]
+    return ", ".join(dict.fromkeys(map(short_commit, found))) or "unknown"

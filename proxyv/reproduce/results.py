@@ -17,7 +17,7 @@ from typing import Any
 from proxyv.cli import CommandError
 from proxyv.eval.benchmarks import BENCHMARKS, Record
 from proxyv.eval.compare import LOWER_IS_BETTER
-from proxyv.eval.records import write_json
+from proxyv.files import read_json
 from proxyv.reproduce.plan import STAGES, Job, Plan
 from proxyv.train.config_files import settings_of
 from proxyv.train.run import identity
@@ -33,7 +33,6 @@ __all__ = [
     "result_file",
     "task_entry",
     "unpack",
-    "write_result",
 ]
 
 DONE, FAILED = "done", "failed"
@@ -138,11 +137,6 @@ def task_entry(task: str, records: Sequence[Record], measure: str | None = None)
     }
 
 
-def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file in one step."""
-    write_json(path, dict(content))
-
-
 def read_result(plan: Plan, job: Job, folder: Path) -> Result | None:
     """Read the result file of a job; None where there is none.
 
@@ -180,12 +174,7 @@ def read_results(plan: Plan, folder: Path) -> list[Result]:
 
 
 def _read(plan: Plan, path: Path) -> Result:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CommandError(
-            f"{path} is damaged ({error}); delete it and run the arm again"
-        ) from error
+    content = read_json(path, "delete it and run the arm again")
     needed = KEYS + (DONE_KEYS if content.get("status") == DONE else ("error",))
     missing = [key for key in needed if key not in content]
     if missing:

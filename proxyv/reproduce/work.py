@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS
-from proxyv.eval.provenance import fingerprint, git_commit, hardware, versions
-from proxyv.eval.records import write_json
 from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import load_rows
 from proxyv.eval.stored import load_run
 from proxyv.eval.tasks import score_tasks
+from proxyv.files import write_json
+from proxyv.provenance import fingerprint, git_commit, hardware, versions
 from proxyv.reproduce.cost import arm_cost, page_crops
 from proxyv.reproduce.plan import STAGES, Arm, Job, Plan
 from proxyv.reproduce.results import CURVE, DONE, FAILED, task_entry

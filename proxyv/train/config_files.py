@@ -7,7 +7,6 @@ setting that is a mapping is replaced as a whole, but for ``section.name.key=val
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -27,7 +26,6 @@ __all__ = [
     "read_chain",
     "settings_of",
     "settings_yaml",
-    "write_atomically",
 ]
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -191,14 +189,6 @@ def _by_leaf(leaf: str, known: Iterable[str]) -> list[str]:
 def settings_yaml(settings: Settings) -> str:
     """All settings as YAML that :func:`load_settings` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(settings))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def describe_settings() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from proxyv.train.config_files import write_atomically
+from proxyv.files import write_text
 
 __all__ = ["MetricsFile", "Progress"]
 
@@ -108,7 +108,7 @@ class MetricsFile(TrainerCallback):
         """Start a new file; a run that goes on keeps what was logged up to its checkpoint."""
         if state.is_world_process_zero:
             kept = [line for step, line in self._entries() if step <= state.global_step > 0]
-            write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def _entries(self) -> Iterator[tuple[int, str]]:
         """Step and text of every whole line; a killed run may have left half of one."""

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -29,6 +28,8 @@ from proxyv.data.readers import Source
 from proxyv.data.sampler import GroupedSampler, LaneSampler, RowSampler
 from proxyv.data.scan import ScanStopped, scan_rows
 from proxyv.data.sources import open_source
+from proxyv.files import write_text
+from proxyv.provenance import git_commit, short_commit
 from proxyv.train.adapters import plain_state, save_adapters
 from proxyv.train.arguments import accumulation_steps, total_steps, training_arguments
 from proxyv.train.build import (
@@ -41,7 +42,7 @@ from proxyv.train.build import (
     starting_folder,
 )
 from proxyv.train.checkpoints import Checkpoints
-from proxyv.train.config_files import settings_yaml, write_atomically
+from proxyv.train.config_files import settings_yaml
 from proxyv.train.lock import only_run
 from proxyv.train.progress import MetricsFile, Progress
 from proxyv.train.settings import Settings, walk
@@ -227,7 +228,7 @@ def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | No
             trainer.checkpoints.clear()
         (folder / FINISHED).unlink(missing_ok=True)
         trainer.checkpoints.remove_partial()
-        write_atomically(folder / SETTINGS, _header() + settings_yaml(settings))
+        write_text(folder / SETTINGS, _header() + settings_yaml(settings))
     trainer.accelerator.wait_for_everyone()
     checkpoint = trainer.checkpoints.latest()
     if checkpoint is None:
@@ -327,24 +328,13 @@ def save_run(
             "template": built.renderer.template.name,
             **summary,
         }
-        write_atomically(folder / FINISHED, json.dumps(summary, indent=1) + "\n")
+        write_text(folder / FINISHED, json.dumps(summary, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
 
 
 def _header() -> str:
     """Comment lines that say which code made a run."""
-    here = Path(__file__).resolve().parent
-    git = (
-        subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if shutil.which("git")
-        else None
-    )
-    commit = git.stdout.strip() if git is not None and git.returncode == 0 else "unknown"
+    commit = short_commit(git_commit())
     return (
         f"# commit {commit}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"python {platform.python_version()}\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["fingerprint", "git_commit", "hardware", "versions"]
+__all__ = ["fingerprint", "git_commit", "hardware", "short_commit", "versions"]
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "accelerate", "datasets"),
@@ -56,6 +56,11 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")
+
+
+def short_commit(commit: str | None) -> str:
+    """What `git_commit` said, with ten digits; ``unknown`` where it knew none."""
+    return "unknown" if commit is None else commit[:10] + commit[40:]
 
 
 def _git(folder: Path, *arguments: str) -> str:
