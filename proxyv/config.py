@@ -22,6 +22,7 @@ __all__ = [
     "OPTIONS",
     "PACKINGS",
     "PROXY_KINDS",
+    "PROXY_POSITIONS",
     "SKIPS",
     "ProxyVConfig",
 ]
@@ -119,6 +120,12 @@ class ProxyVConfig(LlavaNextConfig):
         return self.side**2 if tokens is None else tokens
 
     @property
+    def image_decides(self) -> bool:
+        """Whether it depends on the image how many tokens of a crop the reduction leaves."""
+        method = self.reduction_method
+        return method is not None and method.tokens_per_crop(self.side**2) is None
+
+    @property
     def crop_side(self) -> int | None:
         """Side of one crop's full tokens as they enter the decoder; None if they are no grid."""
         method = self.reduction_method
@@ -161,6 +168,12 @@ class ProxyVConfig(LlavaNextConfig):
         if self.guided_ratio is None:
             return width // 4 if width >= 1024 or self.skip == "atn_ffn" else width // 2
         return max(1, round(width * self.guided_ratio))
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head of the language model."""
+        text = self.text_config
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
     def check_options(self) -> None:
         """Check the ProxyV options; called on construction and again by the model.
@@ -221,26 +234,23 @@ class ProxyVConfig(LlavaNextConfig):
                 f"{self.reduction!r}"
             )
         method = build_reduction(self.reduction)
-        ragged = method.tokens_per_crop(self.side**2) is None
         if self.packing != "crops":
             raise ValueError(
                 f"packing={self.packing!r} cannot go with reduction method {method.name!r}: its "
                 "rows are no crops that could be reduced. Set packing to 'crops'"
             )
-        if self.layout == "released" and (ragged or method.stage == "decoder"):
+        if self.layout == "released" and (self.image_decides or method.stage == "decoder"):
             raise ValueError(
                 f"layout='released' cannot go with reduction method {method.name!r}: visibility "
                 "goes by position there, which dropping rows would break. Set layout to "
                 "'natural', or use a method with a fixed number of tokens before the decoder"
             )
-        # Layers that skip make no proxies, so they need no grid.
         check_combination(
             method,
             num_patches=self.side**2,
             num_layers=self.text_config.num_hidden_layers,
             start_layer=self.start_layer,
-            proxy_kind="learned" if self.skip is not None else self.proxy_kind,
-            side_reduction=self.side_reduction,
+            proxy_kind=self.proxy_kind if self.skip is None else None,
         )
 
     def check_crop_side(self, side: int | None) -> None:
@@ -255,7 +265,7 @@ class ProxyVConfig(LlavaNextConfig):
             divisors = [r for r in range(1, side + 1) if side % r == 0]
             raise ValueError(
                 f"side_reduction={self.side_reduction} does not divide the crop side of "
-                f"{side} patches: use one of {divisors}"
+                f"{side} tokens: use one of {divisors}"
             )
         if self.num_proxies(side) < 1:
             tokens = self.crop_tokens if side is None else side**2
@@ -285,17 +295,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-OPTIONS = (
-    "start_layer",
-    "skip",
-    "side_reduction",
-    "proxy_kind",
-    "learned_proxies",
-    "downsample",
-    "proxy_positions",
-    "layout",
-    "guided_ratio",
-    "packing",
-    "reduction",
-)
+OPTIONS = tuple(ProxyVConfig.__annotations__)
 """The fields that ``ProxyVConfig`` adds to LLaVA-NeXT's."""

@@ -30,9 +30,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
 
 from proxyv.cli import CommandError, nearest, run_command
 from proxyv.config import ProxyVConfig
@@ -40,6 +37,7 @@ from proxyv.data.templates import TEMPLATES, mark_template, template_of
 from proxyv.eval.answerer import check_model_name
 from proxyv.model.card import model_card
 from proxyv.model.checkpoints import check_exactly, to_released
+from proxyv.model.crops import crop_processor
 from proxyv.model.internlm2 import convert_internlm2
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
@@ -232,12 +230,7 @@ def _join(args: argparse.Namespace, source: Path, start: int | None) -> str:
     )
     load_stage1(model, source)
     vision: Any = model.config.vision_config
-    crop = {"height": vision.image_size, "width": vision.image_size}
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": vision.image_size},
-        crop_size=crop,
-        image_grid_pinpoints=model.config.image_grid_pinpoints,
-    )
+    images = crop_processor(vision.image_size, model.config.image_grid_pinpoints)
     processor = ProxyVProcessor(
         images, tokenizer, patch_size=vision.patch_size, image_aspect_ratio="pad"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+from tiny_models import IMAGE_TOKEN, load_released, tiny_config, tiny_model
 
 from proxyv import ProxyVForConditionalGeneration
-from proxyv.model.checkpoints import from_released, load_released, to_released
+from proxyv.model.checkpoints import from_released, to_released
 from proxyv.model.released import released_config
 
 
@@ -143,6 +143,9 @@ def test_released_configuration() -> None:
     named = released_config(RELEASED, vision, image_token_index=IMAGE_TOKEN)
     assert named.image_token_index == IMAGE_TOKEN
     assert released_config({**RELEASED, "proxyv": False}, vision).start_layer is None
+    stock = {key: value for key, value in RELEASED.items() if not key.startswith("proxyv")}
+    with pytest.raises(ValueError, match="mm_patch_merge_type='spatial_unpad' without 'proxyv'"):
+        released_config({**stock, "mm_patch_merge_type": "spatial_unpad"}, vision)
     qwen = released_config({**RELEASED, "model_type": "llava_qwen"}, vision)
     assert qwen.text_config.model_type == "qwen2"
     with pytest.raises(ValueError, match=r"'llava_mpt' .* llava_llama, llava_phi, llava_qwen"):

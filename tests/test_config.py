@@ -32,7 +32,7 @@ def test_guided_width(width: int, ratio: float | None, expected: int) -> None:
         ({"start_layer": -1}, ["start_layer=-1", "0 to 3"]),
         ({"start_layer": True}, ["start_layer=True"]),
         ({"start_layer": "2"}, ["start_layer='2'"]),
-        ({"side_reduction": 3}, ["side_reduction=3", "4 patches", "[1, 2, 4]"]),
+        ({"side_reduction": 3}, ["side_reduction=3", "4 tokens", "[1, 2, 4]"]),
         ({"side_reduction": 0}, ["side_reduction", "0"]),
         ({"proxy_kind": "magic"}, ["proxy_kind='magic'", "spatial, learned"]),
         ({"learned_proxies": 3}, ["learned_proxies=3", "proxy_kind 'learned'", "'spatial'"]),

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import load_released
 from torch import Tensor
 
 from proxyv import ProxyVForConditionalGeneration
-from proxyv.model.checkpoints import from_released, load_released, to_released
+from proxyv.model.checkpoints import from_released, to_released
 from proxyv.model.released import released_config
 
 pytestmark = pytest.mark.golden

@@ -22,17 +22,17 @@ def test_chunks_change_nothing(seed, length, at_once):
     labels[torch.rand(3, length, generator=generator) < 0.5] = -100
     layer = LanguageHead(8, 11).double()
     gradients = []
-    before = head._LOGITS_AT_ONCE
+    before = head.LOGITS_AT_ONCE
     for chunked in (True, False):
         rows = hidden.clone().requires_grad_()
         layer.zero_grad()
         if chunked:
-            head._LOGITS_AT_ONCE = at_once * 11
+            head.LOGITS_AT_ONCE = at_once * 11
             try:
                 loss = layer(*supervised_rows(rows, labels))
                 loss.backward()
             finally:
-                head._LOGITS_AT_ONCE = before
+                head.LOGITS_AT_ONCE = before
         else:
             logits = layer(rows)[:, :-1].reshape(-1, 11).float()
             wanted = labels[:, 1:].reshape(-1)
@@ -44,7 +44,7 @@ def test_chunks_change_nothing(seed, length, at_once):
 
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(head, "_LOGITS_AT_ONCE", 5 * 11)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * 11)
     seen: list[int] = []
     plain = nn.functional.cross_entropy
 

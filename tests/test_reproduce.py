@@ -408,7 +408,8 @@ def test_a_shipped_preset_trains_for_what_it_asks_on_dense_pages_of_five_crops(n
             cut = crop_layout((height, width), data.image_aspect_ratio, pinpoints, 168)
             if crops is not None:
                 assert cut.num_crops == crops
-            assert cut.canvas_hw == (height, width)  # neither enlarged nor shrunk
+            tiles = [168 * max(1, count) for count in cut.grid_hw]
+            assert tiles == [height, width]  # neither enlarged nor shrunk
             # No text has more tokens than characters.
             for texts in (row.turns, [("Read the page.", row.caption)]):
                 written = sum(len(text) + 16 for turn in texts for text in turn)

@@ -24,8 +24,6 @@ from proxyv.data.templates import (
     Turn,
     as_turns,
     mark_template,
-    prompt,
-    render,
     template_of,
 )
 from proxyv.model.chat_templates import TEMPLATES, Template
@@ -45,6 +43,14 @@ NOT_ORDINARY = (
 """Golden cases in which the authors' ids are not ours, by documented rule."""
 
 QUESTION = "<image>\nWhat is the total?"
+
+
+def render(turns, tokenizer, template, image_lengths=()):
+    return Renderer(tokenizer, template).render(turns, image_lengths)
+
+
+def prompt(turns, tokenizer, template, image_lengths=()):
+    return Renderer(tokenizer, template).prompt(turns, image_lengths)
 
 
 def supervised_text(tokenizer, rendered) -> str:

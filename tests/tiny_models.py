@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration
+from proxyv.model.checkpoints import check_variant, from_released, load_exactly
 
 IMAGE_TOKEN = 59
 
@@ -62,6 +64,12 @@ def tiny_model(
             else:
                 parameter.normal_(std=0.1)
     return model
+
+
+def load_released(model: ProxyVForConditionalGeneration, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict with the released names, all of it or nothing."""
+    check_variant(state, model.config)
+    load_exactly(model, from_released(state, model.config.start_layer), model.state_dict())
 
 
 def sample(

@@ -12,16 +12,14 @@ from torch.utils.data import Dataset
 
 from proxyv.data.collator import Sample
 from proxyv.data.images import DataError
-from proxyv.data.pipeline import FAILURE_POLICIES, ImagePipeline, RowPipeline
+from proxyv.data.pipeline import ImagePipeline, RowPipeline
 from proxyv.data.readers import Source
 from proxyv.data.templates import Rendered, Renderer
 
 __all__ = [
     "FACTS",
-    "FAILURE_POLICIES",
     "ConversationDataset",
     "DataReport",
-    "ImagePipeline",
     "check_rows",
     "report_rows",
 ]
@@ -100,7 +98,6 @@ class DataReport:
         unsupervised: of those, rows with nothing left to supervise.
         tokens: mean tokens of a row.
         supervised_share: supervised tokens among all.
-        first_unsupervised: where the first such row is, or None.
     """
 
     rows: int
@@ -111,7 +108,6 @@ class DataReport:
     unsupervised: int
     tokens: float
     supervised_share: float
-    first_unsupervised: str | None
 
     def lines(self) -> list[str]:
         """The report in words."""
@@ -174,8 +170,8 @@ def report_rows(
         _refuse(dataset, int(numbers[facts["failed"].argmax()]), len(facts) - len(used), len(facts))
     empty = ~facts["failed"] & (facts["supervised"] == 0)
     unsupervised, tokens = int(empty.sum()), int(used["tokens"].sum())
-    first = dataset.source[int(numbers[empty.argmax()])].where if unsupervised else None
     if unsupervised > max_unsupervised * len(used):
+        first = dataset.source[int(numbers[empty.argmax()])].where
         raise DataError(
             f"{unsupervised} of {len(used)} rows looked at have no supervised token "
             f"({unsupervised / len(used):.1%}, at most {max_unsupervised:.1%} allowed by "
@@ -191,7 +187,6 @@ def report_rows(
         unsupervised=unsupervised,
         tokens=tokens / max(len(used), 1),
         supervised_share=int(used["supervised"].sum()) / max(tokens, 1),
-        first_unsupervised=first,
     )
 
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
+from transformers import AutoTokenizer
 
 from proxyv.data.pipeline import ImagePipeline, RowPipeline
 from proxyv.data.templates import Renderer
-from proxyv.model.chat_templates import IMAGE_MARK
+from proxyv.model.chat_templates import add_image_token
+from proxyv.model.crops import ASPECT_RATIOS, PINPOINTS_HW, crop_processor
 from proxyv.model.processing import ProxyVProcessor
 
 __all__ = ["add_set_options", "pipeline_of", "processor_of"]
-
-PINPOINTS_HW = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
-"""Grids of ``anyres`` for crops of 336 pixels, (height, width) each; other crops scale them."""
 
 
 def add_set_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +24,7 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
     add("--model", help="folder of a finished run: its tokenizer, template and crops")
     add("--tokenizer", help="tokenizer folder or hub id (needs --template)")
     add("--template", default="auto", help="chat template (auto: the one saved with the tokenizer)")
-    add("--image-aspect-ratio", choices=("pad", "anyres"), help="(the run's, else pad)")
+    add("--image-aspect-ratio", choices=ASPECT_RATIOS, help="(the run's, else pad)")
     add("--crop-px", type=int, default=336, help="side of a crop in pixels (336)")
     add("--patch-size", type=int, default=14, help="of the vision tower (14)")
     add("--max-length", type=int, default=2048, help="longest row in tokens (2048)")
@@ -56,18 +50,12 @@ def processor_of(options: argparse.Namespace) -> ProxyVProcessor | None:
         return None
     _check_tokenizer(options.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+    add_image_token(tokenizer)
     crop = options.crop_px
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": crop},
-        crop_size={"height": crop, "width": crop},
-        image_grid_pinpoints=[[side * crop // 336 for side in pair] for pair in PINPOINTS_HW],
-        image_mean=list(OPENAI_CLIP_MEAN),
-        image_std=list(OPENAI_CLIP_STD),
-    )
+    # LLaVA-NeXT's are for crops of 336 pixels; other crops scale them.
+    pinpoints = [[side * crop // 336 for side in pair] for pair in PINPOINTS_HW]
     return ProxyVProcessor(
-        image_processor,
+        crop_processor(crop, pinpoints),
         tokenizer,
         patch_size=options.patch_size,
         image_aspect_ratio=options.image_aspect_ratio or "pad",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["WINDOW_ROWS", "GroupedSampler", "LaneSampler", "RowSampler", "padding_share"]
+__all__ = ["WINDOW_ROWS", "GroupedSampler", "LaneSampler", "RowSampler"]
 
 WINDOW_ROWS = 1024
 """Streamed rows that one process keeps at hand, and draws the next from."""
@@ -172,19 +172,3 @@ def _draw(blocks: list[np.ndarray], generator: np.random.Generator) -> np.ndarra
             drawn.append(generator.permutation(np.concatenate(window)))
             window, rows = [], 0
     return np.concatenate(drawn)
-
-
-def padding_share(order: np.ndarray, lengths: Any, micro_batch: int) -> float:
-    """Share of the positions of all micro-batches that is padding.
-
-    Args:
-        order: (rows,) row numbers, as a sampler gives them.
-        lengths: (rows,) tokens of each row.
-        micro_batch: rows of a micro-batch.
-    """
-    sizes = np.asarray(lengths, dtype=np.int64)[order]
-    positions = sum(
-        int(batch.max()) * len(batch)
-        for batch in (sizes[at : at + micro_batch] for at in range(0, len(sizes), micro_batch))
-    )
-    return 1.0 - int(sizes.sum()) / positions if positions else 0.0

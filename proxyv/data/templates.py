@@ -22,25 +22,19 @@ from typing import Any, Literal
 from proxyv.cli import nearest
 from proxyv.data.plain_text import PlainText
 from proxyv.model.chat_templates import IMAGE_MARK, TEMPLATES, Bos, Control, Message, Part, Template
+from proxyv.model.head import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
     "IMAGE_MARK",
     "TEMPLATES",
-    "Control",
     "Rendered",
     "Renderer",
-    "Template",
     "Turn",
     "as_turns",
     "mark_template",
-    "prompt",
-    "render",
     "template_of",
 ]
-
-IGNORE_INDEX = -100
-"""Label of a position that is not supervised."""
 
 
 Role = Literal["system", "user", "assistant"]
@@ -393,32 +387,3 @@ def _image_first(text: str) -> str:
     if text.count(IMAGE_MARK) != 1 or text.startswith(IMAGE_MARK):
         return text
     return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
-
-
-@functools.lru_cache(maxsize=8)
-def _renderer(tokenizer: Any, template: str, image_token_id: int | None) -> Renderer:
-    return Renderer(tokenizer, template, image_token_id)
-
-
-def render(
-    conversation: Iterable[Turn | Mapping[str, Any]],
-    tokenizer: Any,
-    template: str = "auto",
-    *,
-    image_lengths: Sequence[int] = (),
-    image_token_id: int | None = None,
-) -> Rendered:
-    """:meth:`Renderer.render` for callers that keep no renderer (it is cached)."""
-    return _renderer(tokenizer, template, image_token_id).render(conversation, image_lengths)
-
-
-def prompt(
-    conversation: Iterable[Turn | Mapping[str, Any]],
-    tokenizer: Any,
-    template: str = "auto",
-    *,
-    image_lengths: Sequence[int] = (),
-    image_token_id: int | None = None,
-) -> list[int]:
-    """:meth:`Renderer.prompt` for callers that keep no renderer (it is cached)."""
-    return _renderer(tokenizer, template, image_token_id).prompt(conversation, image_lengths)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Difference", "average_interval", "bootstrap_interval", "paired_difference"]
+__all__ = ["SEED", "Difference", "average_interval", "bootstrap_interval", "paired_difference"]
 
+SEED = 0
 DRAWS = 2000
 FLIPS = 10_000
 CHUNK_CELLS = 4_000_000
@@ -36,16 +37,13 @@ class Difference(NamedTuple):
     changed: int
 
 
-def bootstrap_interval(
-    scores: Parts, *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, over samples drawn with replacement.
+def bootstrap_interval(scores: Parts) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean, over samples drawn with replacement.
+
+    The same scores give the same interval.
 
     Args:
         scores: one score for each sample, at least one.
-        level: share of the means that lie inside.
-        draws: number of resampled means.
-        seed: seed of the drawing; the same scores give the same interval.
 
     Returns:
         The lower and the upper end.
@@ -53,29 +51,22 @@ def bootstrap_interval(
     Raises:
         ValueError: there is no score.
     """
-    return average_interval([scores], level=level, draws=draws, seed=seed)
+    return average_interval([scores])
 
 
-def average_interval(
-    strata: Sequence[Parts], *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
+def average_interval(strata: Sequence[Parts]) -> tuple[float, float]:
     """The same for an average of several means, each resampled by itself.
 
     Args:
         strata: the scores behind each mean.
-        level: share of the averages that lie inside.
-        draws: number of resampled averages.
-        seed: seed of the drawing.
     """
-    generator = np.random.default_rng(seed)
-    means = [_resampled_means(scores, draws, generator) for scores in strata]
-    low, high = np.quantile(np.mean(means, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    generator = np.random.default_rng(SEED)
+    means = [_resampled_means(scores, generator) for scores in strata]
+    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
     return float(low), float(high)
 
 
-def paired_difference(
-    first: Sequence[Parts], second: Sequence[Parts], *, seed: int = 0
-) -> Difference:
+def paired_difference(first: Sequence[Parts], second: Sequence[Parts]) -> Difference:
     """Compare two runs question by question.
 
     The p-value is that of a two-sided permutation test: were both runs equally good, each
@@ -84,7 +75,6 @@ def paired_difference(
     Args:
         first: for each benchmark the scores of the first run's questions.
         second: the same questions, in the same order, in the second run.
-        seed: seed of the drawing.
 
     Raises:
         ValueError: the numbers of questions differ, or there is none.
@@ -94,25 +84,25 @@ def paired_difference(
         raise ValueError(f"paired runs need the same questions, got {sizes} of them")
     gaps = [np.subtract(a, b, dtype=np.float64) for a, b in zip(first, second, strict=True)]
     value = float(np.mean([gap.mean() for gap in gaps]))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     swapped = np.mean([_swapped_means(gap, generator) for gap in gaps], axis=0)
     tolerance = 1e-12 * max(1.0, abs(value))
     extreme = int((np.abs(swapped) >= abs(value) - tolerance).sum())
     return Difference(
         value,
-        average_interval([gap.tolist() for gap in gaps], seed=seed),
+        average_interval([gap.tolist() for gap in gaps]),
         (extreme + 1) / (FLIPS + 1),
         sum(int(np.count_nonzero(gap)) for gap in gaps),
     )
 
 
-def _resampled_means(scores: Parts, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """(draws,) means of the scores, drawn with replacement."""
+def _resampled_means(scores: Parts, generator: np.random.Generator) -> np.ndarray:
+    """(DRAWS,) means of the scores, drawn with replacement."""
     if not len(scores):
         raise ValueError("an interval needs at least one score, got none")
     values = np.asarray(scores, dtype=np.float64)
     size = len(values)
-    return np.array([values[generator.integers(size, size=size)].mean() for _ in range(draws)])
+    return np.array([values[generator.integers(size, size=size)].mean() for _ in range(DRAWS)])
 
 
 def _swapped_means(gap: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import AddedToken
 
 __all__ = [
     "BOS",
@@ -16,6 +19,7 @@ __all__ = [
     "Message",
     "Part",
     "Template",
+    "add_image_token",
 ]
 
 
@@ -231,3 +235,9 @@ TEMPLATES: dict[str, Template] = {
         ),
     )
 }
+
+
+def add_image_token(tokenizer: Any) -> None:
+    """Give ``<image>`` the next free id of a tokenizer that does not know it."""
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])

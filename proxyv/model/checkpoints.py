@@ -23,7 +23,6 @@ __all__ = [
     "check_variant",
     "from_released",
     "load_exactly",
-    "load_released",
     "to_released",
 ]
 
@@ -128,33 +127,6 @@ def to_released(state: Mapping[str, Tensor], start_layer: int | None) -> dict[st
         else:
             renamed[prefix + _GUIDED_BACK.get(part, part)] = tensor
     return renamed
-
-
-def load_released(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a released state dict into a ProxyV model, all of it or nothing.
-
-    Args:
-        model: a ``ProxyVForConditionalGeneration``.
-        state: tensors under the released names.
-
-    Raises:
-        ValueError: another number of guided updates than the model has (another start layer, or
-            a baseline), learned proxies in place of spatial ones or the other way, or missing,
-            unexpected or differently shaped tensors, all named.
-    """
-    config: ProxyVConfig = model.config  # type: ignore[assignment]
-    check_variant(state, config)
-    loaded = from_released(state, config.start_layer)
-    own = model.state_dict()
-    if any(name.startswith("model.vision_tower.vision_model.") for name in own):
-        old, new = "model.vision_tower.", "model.vision_tower.vision_model."
-        loaded = {name.replace(old, new, 1): tensor for name, tensor in loaded.items()}
-    ignored = [name for name in loaded if name.endswith(".position_ids") and name not in own]
-    for name in ignored:
-        del loaded[name]
-    if config.tie_word_embeddings and "lm_head.weight" not in loaded:
-        loaded["lm_head.weight"] = loaded["model.language_model.embed_tokens.weight"]
-    load_exactly(model, loaded, own)
 
 
 def load_exactly(model: nn.Module, loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

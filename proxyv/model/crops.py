@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from proxyv.cli import require_one_of
 
 __all__ = [
     "ASPECT_RATIOS",
+    "PINPOINTS_HW",
     "CropLayout",
     "ImageGrid",
     "crop_layout",
+    "crop_processor",
     "image_grids",
     "num_image_tokens",
     "num_unpadded_tokens",
@@ -29,6 +34,8 @@ __all__ = [
 ]
 
 ASPECT_RATIOS = ("pad", "anyres")
+PINPOINTS_HW = ((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336))
+"""LLaVA-NeXT's canvases for crops of 336 pixels."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,10 @@ class CropLayout:
     Attributes:
         num_crops: crops in all, the thumbnail included.
         grid_hw: tiles down and across, without the thumbnail; (0, 0) where that is all.
-        canvas_hw: pixels of the canvas that the tiles cover; one crop without tiles.
     """
 
     num_crops: int
     grid_hw: tuple[int, int]
-    canvas_hw: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def crop_layout(
     height, width = int(size_hw[0]), int(size_hw[1])
     if height < 1 or width < 1:
         raise ValueError(f"image of height {height} and width {width}: both must be at least 1")
-    single = CropLayout(1, (0, 0), (crop_px, crop_px))
+    single = CropLayout(1, (0, 0))
     if aspect_ratio == "pad":
         return single
     if not pinpoints_hw:
@@ -113,7 +118,25 @@ def crop_layout(
     grid = (best_h // crop_px, best_w // crop_px)
     if grid == (1, 1):
         return single
-    return CropLayout(grid[0] * grid[1] + 1, grid, (best_h, best_w))
+    return CropLayout(grid[0] * grid[1] + 1, grid)
+
+
+def crop_processor(
+    crop_px: int, pinpoints_hw: Sequence[Sequence[int]], **statistics: Any
+) -> LlavaNextImageProcessorPil:
+    """The image processor of transformers that cuts square crops.
+
+    Args:
+        crop_px: side of a crop in pixels.
+        pinpoints_hw: (height, width) of the canvases that tiles may cover.
+        **statistics: ``image_mean`` and ``image_std`` other than CLIP's.
+    """
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": crop_px},
+        crop_size={"height": crop_px, "width": crop_px},
+        image_grid_pinpoints=[list(pair) for pair in pinpoints_hw],
+        **statistics,
+    )
 
 
 def num_image_tokens(num_crops: int, side: int) -> int:

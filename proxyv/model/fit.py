@@ -30,8 +30,18 @@ _SIZES: tuple[tuple[str, int, str, Callable[[int, Any], Any]], ...] = (
     (r"embed_tokens\.weight", 0, "text_config.vocab_size", lambda size, _: size),
     (r"mlp\.(gate|up)_proj\.weight", 0, "text_config.intermediate_size", lambda size, _: size),
     (r"mlp\.gate_up_proj\.weight", 0, "text_config.intermediate_size", lambda size, _: size // 2),
-    (r"\.q_proj\.weight", 0, "text_config.num_attention_heads", lambda size, c: size // _head(c)),
-    (r"\.k_proj\.weight", 0, "text_config.num_key_value_heads", lambda size, c: size // _head(c)),
+    (
+        r"\.q_proj\.weight",
+        0,
+        "text_config.num_attention_heads",
+        lambda n, c: n // c.head_width,
+    ),
+    (
+        r"\.k_proj\.weight",
+        0,
+        "text_config.num_key_value_heads",
+        lambda n, c: n // c.head_width,
+    ),
     (r"patch_embedding\.weight", 0, "vision_config.hidden_size", lambda size, _: size),
     (r"patch_embedding\.weight", 2, "vision_config.patch_size", lambda size, _: size),
     (r"position_embedding\.weight", 0, "vision_config.image_size", lambda n, c: _image_px(n, c)),
@@ -174,12 +184,6 @@ def _current(config: Any, option: str) -> Any:
     for part in option.split("."):
         config = getattr(config, part)
     return config
-
-
-def _head(config: Any) -> int:
-    """Width of an attention head of the language model."""
-    text = config.text_config
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _image_px(positions: int, config: Any) -> int:

@@ -33,7 +33,6 @@ class RowTokens:
         crops: of all its images.
         text: tokens that are not of images.
         past: tokens, not of images, that a cache holds already; such a row brings no image.
-        side: crop side in tokens; None for the model's own (frames of videos have less).
         kept: full tokens of each crop where the image decides what a method leaves of it; of no
             meaning for other models.
         past_crops: crops in the cache beside ``past``, in each layer what a method left of them.
@@ -42,7 +41,6 @@ class RowTokens:
     crops: int
     text: int
     past: int = 0
-    side: int | None = None
     kept: int | None = None
     past_crops: int = 0
 
@@ -100,14 +98,12 @@ class _Shape:
                 "tokens follow from the number of crops"
             )
         text = config.text_config
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        side = row.side or config.crop_side
         tokens = _tokens_of_crop(config, row)
-        per_crop = config.num_proxies(side) if config.start_layer is not None else 0
+        per_crop = config.proxies_per_crop if config.start_layer is not None else 0
         return cls(
             width=text.hidden_size,
-            query=head * text.num_attention_heads,
-            key=head * text.num_key_value_heads,
+            query=config.head_width * text.num_attention_heads,
+            key=config.head_width * text.num_key_value_heads,
             ffn=text.intermediate_size,
             hidden=config.guided_width,
             full=row.crops * tokens,
@@ -144,10 +140,7 @@ class _Shape:
 
 def _tokens_of_crop(config: Any, row: RowTokens) -> int:
     """Full tokens of one crop as they enter the first layer."""
-    method = config.reduction_method
-    if row.kept and method is not None and method.tokens_per_crop(config.side**2) is None:
-        return row.kept
-    return config.crop_tokens if row.side is None else row.side**2
+    return row.kept if row.kept and config.image_decides else config.crop_tokens
 
 
 def _cached_rows(config: Any, row: RowTokens) -> list[int]:
@@ -284,10 +277,8 @@ def run_flops(
 
 def kv_cache_bytes(config: Any, row: RowTokens, bytes_per_value: int) -> int:
     """Bytes of keys and values in all layers once the row has been read, proxies or not."""
-    text = config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rows = sum(_cached_rows(config, row.cached()))
-    return rows * 2 * head * text.num_key_value_heads * bytes_per_value
+    return rows * 2 * config.head_width * config.text_config.num_key_value_heads * bytes_per_value
 
 
 def _ordinary(shape: _Shape, causal: bool) -> int:

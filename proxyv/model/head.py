@@ -6,9 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LanguageHead", "as_language_head", "summed_loss", "supervised_rows"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LOGITS_AT_ONCE",
+    "LanguageHead",
+    "as_language_head",
+    "summed_loss",
+    "supervised_rows",
+]
 
-_LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised."""
+LOGITS_AT_ONCE = 1 << 26  # 256 MiB in float32
 
 
 class LanguageHead(nn.Linear):
@@ -38,7 +47,7 @@ class LanguageHead(nn.Linear):
         """
         if targets is None:
             return super().forward(rows)
-        at_once = max(1, _LOGITS_AT_ONCE // self.out_features)
+        at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if len(rows) <= at_once:
             return self._loss(rows, targets)
         parts = zip(rows.split(at_once), targets.split(at_once), strict=True)
@@ -68,17 +77,16 @@ def summed_loss(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
 
 
-def supervised_rows(hidden: Tensor, labels: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:
+def supervised_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that predict a supervised token, and the tokens.
 
     Args:
         hidden: (B, S, D) last hidden states.
-        labels: (B, S) token ids, ``ignore`` where nothing is supervised.
-        ignore: the label that means nothing.
+        labels: (B, S) token ids, -100 where nothing is supervised.
 
     Returns:
         (N, D) hidden states and (N,) token ids: row i predicts label i + 1.
     """
     targets = labels[:, 1:].to(hidden.device)
-    chosen = targets != ignore
+    chosen = targets != IGNORE_INDEX
     return hidden[:, :-1][chosen], targets[chosen]

@@ -19,7 +19,6 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AddedToken,
     AutoConfig,
     AutoTokenizer,
     CLIPVisionConfig,
@@ -28,13 +27,11 @@ from transformers import (
     LlavaNextConfig,
     PreTrainedConfig,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
 
 from proxyv.config import ProxyVConfig
-from proxyv.model.chat_templates import TEMPLATES
+from proxyv.model.chat_templates import TEMPLATES, add_image_token
 from proxyv.model.checkpoints import check_variant, from_released
+from proxyv.model.crops import crop_processor
 
 __all__ = [
     "check_saved_variant",
@@ -151,11 +148,7 @@ def release_parts(name: str | Path, **hub_options: Any) -> dict[str, Any]:
     raw = json.loads((folder / "config.json").read_text())
     vision = _vision_config(raw)
     config: Any = released_config(raw, vision)
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": vision.image_size},
-        crop_size={"height": vision.image_size, "width": vision.image_size},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    )
+    images = crop_processor(vision.image_size, config.image_grid_pinpoints)
     ratio = raw.get("image_aspect_ratio", "anyres")
     tokenizer = read_tokenizer(folder)
     template = TEMPLATES.get(tokenizer.init_kwargs.get("proxyv_template", ""))
@@ -188,7 +181,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_tokenizer(folder: str | Path, image_token: str = "<image>") -> Any:
+def read_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder, with an image token and the name of its chat template."""
     options: dict[str, Any] = {}
     config = Path(folder, "config.json")
@@ -196,9 +189,8 @@ def read_tokenizer(folder: str | Path, image_token: str = "<image>") -> Any:
     if raw.get("model_type") in _FAMILIES:  # else transformers warns of a type that it cannot know
         options["config"] = PreTrainedConfig.from_dict(raw)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    add_image_token(tokenizer)
     vocabulary = tokenizer.get_vocab()
-    if image_token not in vocabulary:
-        tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)])
     for token, template in _TEMPLATES.items():
         if token in vocabulary:
             tokenizer.init_kwargs.setdefault("proxyv_template", template)
@@ -220,7 +212,6 @@ def released_config(
     raw: Mapping[str, Any],
     vision_config: Mapping[str, Any] | PreTrainedConfig,
     *,
-    family: str | None = None,
     image_token_index: int | None = None,
 ) -> ProxyVConfig:
     """Our configuration from the ``config.json`` of a released checkpoint.
@@ -228,7 +219,6 @@ def released_config(
     Args:
         raw: its contents.
         vision_config: configuration of the CLIP vision tower, which ``raw`` only names.
-        family: model type of the language model; by default what ``raw`` was released as.
         image_token_index: id that stands for image rows; by default the first id behind the
             vocabulary.
 
@@ -236,16 +226,21 @@ def released_config(
         The configuration, in the released layout.
 
     Raises:
-        ValueError: a released option that this model does not have.
+        ValueError: a released option that this model does not have, or a checkpoint of LLaVA's own
+            code.
     """
-    if family is None:
-        released_as = raw.get("model_type")
-        if released_as not in _FAMILIES:
-            raise ValueError(
-                f"model_type={released_as!r} is not that of a released checkpoint: use one of "
-                f"{', '.join(_FAMILIES)}, or name the family of the language model"
-            )
-        family = _FAMILIES[released_as]
+    released_as = raw.get("model_type")
+    if released_as not in _FAMILIES:
+        raise ValueError(
+            f"model_type={released_as!r} is not that of a released checkpoint: use one of "
+            f"{', '.join(_FAMILIES)}"
+        )
+    if "proxyv" not in raw and "unpad" in raw.get("mm_patch_merge_type", ""):
+        raise ValueError(
+            f"mm_patch_merge_type={raw['mm_patch_merge_type']!r} without 'proxyv' is of LLaVA's "
+            "own code, which packs crops otherwise: use the llava-hf version of that checkpoint"
+        )
+    family = _FAMILIES[released_as]
     text_config = AutoConfig.for_model(family)
     known = set(text_config.to_dict()) | {"rope_theta", "rope_scaling"}
     text = {k: v for k, v in raw.items() if k in known and k not in _NOT_TEXT}

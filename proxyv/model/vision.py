@@ -107,8 +107,7 @@ class ImageFeaturesMixin:
             found = tower_states(self.vision_tower, states, method, layer, strategy == "default")
             _check_patches(found.patches, side, strategy)
             reduced = method.reduce(found)
-            ragged = method.tokens_per_crop(side**2) is None
-            return reduced.tokens, reduced.valid if ragged else None
+            return reduced.tokens, reduced.valid if self.config.image_decides else None
         layers = [layer] if isinstance(layer, int) else list(layer)
         features = torch.cat([states[index] for index in layers], dim=-1)
         if strategy == "default":

@@ -26,7 +26,7 @@ from proxyv.model.flops import RowTokens
 from proxyv.model.image_spans import ImageSpan
 from proxyv.model.layout_builder import build_layout
 from proxyv.model.streams import DecoderOptions
-from proxyv.profiling.shapes import arm_name, further_arms, image_decides, with_start
+from proxyv.profiling.shapes import arm_name, further_arms, with_start
 from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]
@@ -121,7 +121,7 @@ class Arm:
     def _needs_layout(self) -> bool:
         """ProxyV layers and methods inside the decoder ask what the rows are; empty rows, too."""
         method = self.config.reduction_method
-        inside = method is not None and (method.stage == "decoder" or image_decides(self.config))
+        inside = method is not None and (method.stage == "decoder" or self.config.image_decides)
         return inside or self.config.start_layer is not None
 
     def read(self, inputs: Inputs, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -198,7 +198,7 @@ def make_inputs(config: ProxyVConfig, row: RowTokens, batch: int, like: Tensor) 
     def draw(rows: int) -> Tensor:
         return torch.randn(batch, rows, width, generator=generator).mul_(0.02).to(like)
 
-    kept = (row.kept,) * row.crops if row.kept is not None and image_decides(config) else None
+    kept = (row.kept,) * row.crops if row.kept is not None and config.image_decides else None
     grid = ImageGrid(row.crops, config.crop_side, row.crops * config.tokens_per_crop, kept)
     image = [ImageSpan(row.text // 2, grid)] if row.crops else []
     return Inputs(row, draw(length), draw(1), [image] * batch)

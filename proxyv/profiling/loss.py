@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from proxyv.config import ProxyVConfig
 from proxyv.model.flops import RowTokens
-from proxyv.model.head import LanguageHead, supervised_rows
+from proxyv.model.head import IGNORE_INDEX, LanguageHead, supervised_rows
 from proxyv.profiling.measure import peak_memory, time_interleaved
 from proxyv.profiling.report import Plot, Report
 
 __all__ = ["all_rows_loss", "loss_report", "supervised_loss"]
-
-IGNORE = -100
 
 
 def all_rows_loss(head: LanguageHead, hidden: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy by way of all logits, (B, S, D) and (B, S) to a scalar."""
     logits = head(hidden)[:, :-1].float()
     return nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
     )
 
 
@@ -59,7 +57,7 @@ def loss_report(
         hidden = torch.randn(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)
         labels = torch.randint(text.vocab_size, (batch, length))
     supervised = max(1, row.text // 2)
-    labels[:, :-supervised] = IGNORE
+    labels[:, :-supervised] = IGNORE_INDEX
 
     def step(loss: Callable[..., Tensor]) -> None:
         head.weight.grad = hidden.grad = None

@@ -19,7 +19,6 @@ __all__ = [
     "from_preset",
     "from_shape",
     "further_arms",
-    "image_decides",
     "start_layers",
     "with_start",
 ]
@@ -149,12 +148,6 @@ def describe_methods(reductions: Sequence[Mapping[str, Any]], kept: int | None) 
     return f" Token reduction: {'; '.join(parts)}.{left}"
 
 
-def image_decides(config: ProxyVConfig) -> bool:
-    """Whether it depends on the image how many tokens a crop keeps."""
-    method = config.reduction_method
-    return method is not None and method.tokens_per_crop(config.side**2) is None
-
-
 def check_kept(config: ProxyVConfig, kept: int | None) -> None:
     """Refuse a number of tokens that a crop cannot keep.
 
@@ -162,7 +155,7 @@ def check_kept(config: ProxyVConfig, kept: int | None) -> None:
         ValueError: none where the image decides, or more than there are.
     """
     method: Any = config.reduction_method
-    if not image_decides(config):
+    if not config.image_decides:
         return
     if kept is None:
         raise ValueError(

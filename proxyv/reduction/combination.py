@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from proxyv.reduction.base import DecoderReduction, Reduction
 
 __all__ = ["check_combination"]
@@ -15,8 +13,7 @@ def check_combination(
     num_patches: int,
     num_layers: int,
     start_layer: int | None,
-    proxy_kind: str,
-    side_reduction: int,
+    proxy_kind: str | None,
 ) -> None:
     """Refuse a method that a model cannot carry out.
 
@@ -25,8 +22,7 @@ def check_combination(
         num_patches: patches of a crop.
         num_layers: depth of the language model.
         start_layer: first ProxyV layer, None for a baseline.
-        proxy_kind: "spatial" or "learned".
-        side_reduction: r, of spatial proxies.
+        proxy_kind: "spatial" or "learned"; None where layers skip and make none.
 
     Raises:
         ValueError: the reason, and what to use instead.
@@ -35,20 +31,12 @@ def check_combination(
     drops = method.drops(num_layers) if isinstance(method, DecoderReduction) else ()
     if start_layer is None:
         return
-    if proxy_kind == "spatial":
-        if not method.keeps_grid or tokens is None:
-            raise ValueError(
-                f"proxy_kind='spatial' cannot go with reduction method {method.name!r}: the tokens "
-                "that are left of a crop are no grid to downsample. Use proxy_kind='learned', or a "
-                "method that keeps a grid: average_pool, downsample or tokenpacker"
-            )
-        side = math.isqrt(tokens)
-        if side % side_reduction:
-            raise ValueError(
-                f"side_reduction={side_reduction} does not divide the side {side} of the "
-                f"{tokens} tokens that reduction method {method.name!r} leaves of a crop: use "
-                f"one of {', '.join(str(d) for d in range(1, side + 1) if side % d == 0)}"
-            )
+    if proxy_kind == "spatial" and (not method.keeps_grid or tokens is None):
+        raise ValueError(
+            f"proxy_kind='spatial' cannot go with reduction method {method.name!r}: the tokens "
+            "that are left of a crop are no grid to downsample. Use proxy_kind='learned', or a "
+            "method that keeps a grid: average_pool, downsample or tokenpacker"
+        )
     late = [drop.scoring for drop in drops if drop.scoring >= start_layer]
     if late and isinstance(method, DecoderReduction) and method.all_queries:
         raise ValueError(

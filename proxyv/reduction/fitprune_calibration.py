@@ -20,12 +20,14 @@ from torch import Tensor
 
 from proxyv.model.reduction_flops import full_tokens
 from proxyv.reduction.attention import decoder_heads
-from proxyv.reduction.base import DecoderReduction, Drop, require_number
+from proxyv.reduction.base import require_number
 from proxyv.reduction.decoding import run_reduced
 from proxyv.reduction.fitprune import FitPrune, head_max_sums
 from proxyv.reduction.rows import Rows
 
 __all__ = ["AttentionSums", "calibrate", "counts_for", "read_sums", "saved_share"]
+
+_PRECISION = 0.01  # of the share of attention that is searched for
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,6 @@ class AttentionSums:
     from_text: Tensor
     from_image: Tensor
     num_other: int
-
-
-@dataclass(frozen=True)
-class _KeepAll(DecoderReduction):
-    """Drops nothing: runs a model by the loop whose hooks calibration needs."""
-
-    name = "none"
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        return ()
-
-    def keep_counts(self, number: int, rows: Rows) -> Tensor:
-        return rows.num_image
-
-    def scores(self, query: Tensor, key: Tensor, rows: Rows, scaling: float) -> Tensor:
-        return torch.zeros_like(rows.valid, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -86,7 +72,7 @@ def read_sums(model: Any, embeds: Tensor, rows: Rows) -> AttentionSums:
 
     handles = [layer.register_forward_pre_hook(record) for layer in model.layers]
     try:
-        run_reduced(model, _KeepAll(), embeds, rows=rows)
+        run_reduced(model, None, embeds, rows=rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -123,7 +109,6 @@ def calibrate(
     samples: Iterable[AttentionSums],
     ratio: float,
     cost: Callable[[Sequence[int]], float],
-    precision: float = 0.01,
 ) -> FitPrune:
     """Find how many tokens go after each layer.
 
@@ -131,7 +116,6 @@ def calibrate(
         samples: of ``read_sums``.
         ratio: share of the cost that has to be saved.
         cost: of a prompt, given the rows in each layer.
-        precision: of the share of attention that is searched for.
 
     Returns:
         The method, its scheme averaged over the samples and rounded down.
@@ -144,7 +128,7 @@ def calibrate(
     if not samples:
         raise ValueError("FitPrune needs at least one sample to be calibrated on, got none")
     most = max(sums.from_text.shape[1] for sums in samples)
-    found = [_cheapest(sums, ratio, cost, precision) for sums in samples]
+    found = [_cheapest(sums, ratio, cost) for sums in samples]
     scaled = [
         [count * most / sums.from_text.shape[1] for count in counts]
         for counts, sums in zip(found, samples, strict=True)
@@ -174,9 +158,9 @@ def _rows(counts: Sequence[int], sums: AttentionSums) -> list[int]:
 
 
 def _cheapest(
-    sums: AttentionSums, ratio: float, cost: Callable[[Sequence[int]], float], precision: float
+    sums: AttentionSums, ratio: float, cost: Callable[[Sequence[int]], float]
 ) -> list[int]:
-    """Counts of an alpha that saves enough, where one smaller by ``precision`` does not."""
+    """Counts of an alpha that saves enough, where one smaller by ``_PRECISION`` does not."""
     n = sums.from_text.shape[1]
 
     def spent(counts: Sequence[int]) -> float:
@@ -190,7 +174,7 @@ def _cheapest(
             f"ratio={ratio} cannot be saved: dropping all {n} image tokens after the first layer "
             f"saves {1 - spent(best) / whole:.2f}; ask for less"
         )
-    while high - low > precision:
+    while high - low > _PRECISION:
         middle = (low + high) / 2
         counts = counts_for(sums, middle)
         if spent(counts) <= (1 - ratio) * whole:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proxyv.model.head import IGNORE_INDEX
+
 __all__ = ["Rows", "before_answers", "last_rows", "mask_of", "select"]
 
 
@@ -143,9 +145,9 @@ def last_rows(valid: Tensor) -> Tensor:
     return valid & (behind == 1)
 
 
-def before_answers(labels: Tensor, ignore: int = -100) -> Tensor:
+def before_answers(labels: Tensor) -> Tensor:
     """(B, S) True at the row right before each answer, one for every run of labels."""
-    learned = labels != ignore
+    learned = labels != IGNORE_INDEX
     before = ~learned[:, :-1] & learned[:, 1:]
     return torch.nn.functional.pad(before, (0, 1), value=False)
 

@@ -73,9 +73,7 @@ def arm_cost(
     model.fuse()
     works = {name: partial(_prefill, *given) for name, given in prompts.items()}
     timings = time_interleaved(works, model.device, cost["repeats"])
-    method = config.reduction_method
-    ragged = method is not None and method.tokens_per_crop(config.side**2) is None
-    kept = _tokens_left(model, crops, cost["text"]) if ragged else None
+    kept = _tokens_left(model, crops, cost["text"]) if config.image_decides else None
     row = RowTokens(len(crops), cost["text"])
     left = row if kept is None else RowTokens(len(crops), cost["text"], kept=round(kept))
     return {

@@ -53,9 +53,7 @@ def masked_layers(model: Any, number: int, hidden: str = "vision") -> Iterator[l
     if masked_attention(name) != name:
         raise ValueError(f"attn_implementation={name!r} takes no masks: use 'sdpa' or 'eager'")
     method = model.config.reduction_method
-    if method is not None and (
-        method.stage == "decoder" or method.tokens_per_crop(model.config.side**2) is None
-    ):
+    if method is not None and (method.stage == "decoder" or model.config.image_decides):
         raise ValueError(
             f"reduction method {method.name!r} drops rows on the way through the decoder, so no "
             "mask of the prompt fits its layers: mask a model whose config.json says reduction null"

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from proxyv.eval.statistics import SEED
 from proxyv.profiling.report import Report
 
 __all__ = ["publish"]
-
-BOOTSTRAP_SEED = 0  # the default of proxyv.eval.statistics
 
 
 def publish(report: Report, args: argparse.Namespace, folder: Path) -> None:
@@ -24,7 +23,7 @@ def publish(report: Report, args: argparse.Namespace, folder: Path) -> None:
         folder: for ``NAME.json``, ``NAME.md`` and ``NAME.png``.
     """
     options = json.loads(json.dumps(vars(args), default=str))
-    report.settings.update({"seed": BOOTSTRAP_SEED, **options})
+    report.settings.update({"seed": SEED, **options})
     report.save(folder)
     report.print(args.json)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, CLIPVisionConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -20,6 +19,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from proxyv.cli import place
 from proxyv.config import ProxyVConfig
 from proxyv.data.templates import IMAGE_MARK, Renderer, mark_template, template_of
+from proxyv.model.chat_templates import add_image_token
+from proxyv.model.crops import crop_processor
 from proxyv.model.modeling import ProxyVForConditionalGeneration
 from proxyv.model.processing import ProxyVProcessor
 from proxyv.model.stage1 import load_projector
@@ -224,8 +225,7 @@ def _tokenizer(model: ModelSettings) -> Any:
     """The language model's tokenizer; ``<image>`` gets the next free id where it is unknown."""
     language, options = _language_files(model.language)
     tokenizer = AutoTokenizer.from_pretrained(language, **options)
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+    add_image_token(tokenizer)
     return tokenizer
 
 
@@ -288,34 +288,27 @@ def _check_backbones(model: ModelSettings) -> None:
 
 
 def _processor(settings: Settings, tokenizer: Any, config: Any) -> ProxyVProcessor:
-    crop = config.vision_config.image_size
-    mean, std = _pixel_statistics(settings.model.vision)
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": crop},
-        crop_size={"height": crop, "width": crop},
-        image_grid_pinpoints=settings.data.image_grid_pinpoints,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
     processor = ProxyVProcessor(
-        image_processor,
+        crop_processor(
+            config.vision_config.image_size,
+            settings.data.image_grid_pinpoints,
+            **_pixel_statistics(settings.model.vision),
+        ),
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=tokenizer.chat_template,
-        image_aspect_ratio=settings.data.image_aspect_ratio,
     )
     processor.follow(config)
     return processor
 
 
-def _pixel_statistics(vision: str) -> tuple[Any, Any]:
-    """Mean and deviation that a tower's pixels are normalised with; CLIP's where it says none."""
+def _pixel_statistics(vision: str) -> dict[str, list[float]]:
+    """Mean and deviation that a tower's pixels are normalised with, where it says so."""
     try:
         found, _ = LlavaNextImageProcessorPil.get_image_processor_dict(vision)
     except OSError:
         found = {}
-    return found.get("image_mean", OPENAI_CLIP_MEAN), found.get("image_std", OPENAI_CLIP_STD)
+    return {key: list(found[key]) for key in ("image_mean", "image_std") if key in found}
 
 
 def _run_config(settings: Settings, folder: Path) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxyv.model.flops import RowTokens, run_flops
+from proxyv.model.head import LOGITS_AT_ONCE
 from proxyv.train.settings import Settings
 from proxyv.train.stages import PartCount
 
@@ -89,20 +90,11 @@ def trained_parts(parts: list[PartCount]) -> set[str]:
     return {part.part for part in parts if 2 * part.trainable > part.total}
 
 
-def _query_width(text: Any) -> int:
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return head * text.num_attention_heads
-
-
-def _key_width(text: Any) -> int:
-    return _query_width(text) // text.num_attention_heads * text.num_key_value_heads
-
-
-def _linear(text: Any) -> float:
-    """Projections and FFN of one token."""
-    width = text.hidden_size
-    attention = 2 * width * _query_width(text) + 2 * width * _key_width(text)
-    return 2.0 * (attention + 3 * width * text.intermediate_size)
+def _layer_weights(config: Any) -> int:
+    """Weights of the projections and the FFN of an ordinary layer."""
+    text = config.text_config
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads)
+    return text.hidden_size * (heads * config.head_width + 3 * text.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -163,7 +155,7 @@ def step_memory(
     else:
         weights = (2 if zero else 4) * total / shard[0]
     if stage == 3:
-        gathered = 2 * 2 * _linear(config.text_config) / 2  # two layers, in two bytes
+        gathered = 2 * 2 * _layer_weights(config)  # two layers, in two bytes
         weights = gathered + (0 if offloaded["param"] else weights)
     return Memory(
         weights=weights,
@@ -177,13 +169,14 @@ def _activations(config: Any, settings: Settings, crops: int) -> float:
     """Inputs of every layer, all of one layer, the tower's features, and a chunk of logits."""
     text, micro = config.text_config, settings.optim.micro_batch
     rows, width = micro * settings.data.max_length, text.hidden_size
+    query = config.head_width * text.num_attention_heads
     held = 2.0 * rows * width
-    within = 2.0 * rows * (8 * width + 2 * _query_width(text) + 4 * text.intermediate_size)
+    within = 2.0 * rows * (8 * width + 2 * query + 4 * text.intermediate_size)
     layers = text.num_hidden_layers
     decoder = layers * held + within
     if not settings.run.gradient_checkpointing:
         decoder = layers * within
     vision = config.vision_config
     tower = 2.0 * micro * crops * (config.side**2 + 1) * vision.hidden_size * 30
-    logits = 3 * min(1 << 26, rows * text.vocab_size) * 4.0
+    logits = 3 * min(LOGITS_AT_ONCE, rows * text.vocab_size) * 4.0
     return decoder + tower + logits

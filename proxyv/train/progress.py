@@ -16,16 +16,17 @@ from proxyv.files import write_text
 
 __all__ = ["MetricsFile", "Progress"]
 
+_SECONDS = 10.0
+
 
 class Progress(TrainerCallback):
     """A bar with loss, learning rate, speed and share of supervised tokens (first rank only).
 
-    Where the output is no terminal, a line is printed every ``seconds`` instead.
+    Where the output is no terminal, a line is printed every ten seconds instead.
     """
 
-    def __init__(self, seconds: float = 10.0) -> None:
+    def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
-        self._seconds = seconds
         self._printed = 0.0
 
     def on_train_begin(
@@ -67,7 +68,7 @@ class Progress(TrainerCallback):
             self._bar.set_postfix_str(text)
             return
         now, last = time.monotonic(), state.global_step == state.max_steps
-        if last or now - self._printed >= self._seconds:
+        if last or now - self._printed >= _SECONDS:
             print(f"step {state.global_step}/{state.max_steps}  {text}", flush=True)
             self._printed = now
 

@@ -16,6 +16,9 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from proxyv.cli import nearest
+from proxyv.config import DOWNSAMPLE_MODES, LAYOUTS, PROXY_KINDS, PROXY_POSITIONS, SKIPS
+from proxyv.data.pipeline import FAILURE_POLICIES
+from proxyv.model.crops import ASPECT_RATIOS, PINPOINTS_HW
 
 __all__ = [
     "DataSettings",
@@ -103,13 +106,13 @@ class ModelSettings:
         None,
         "what vision tokens go without from start_layer on, in place of proxies, as in the "
         "redundancy study: attention (atn), or attention and FFN (atn_ffn); null is ProxyV",
-        choices=("atn", "atn_ffn"),
+        choices=SKIPS,
     )
     side_reduction: int = option(4, "factor by which a crop's side shrinks to proxies", low=1)
     proxy_kind: str = option(
         "spatial",
         "how proxies are made: downsampled crops, or learned queries",
-        choices=("spatial", "learned"),
+        choices=PROXY_KINDS,
     )
     learned_proxies: int | None = option(
         None, "proxies of a crop with proxy_kind=learned; null is as many as spatial ones", low=1
@@ -117,18 +120,18 @@ class ModelSettings:
     downsample: str = option(
         "bilinear",
         "how spatial proxies are downsampled: bilinear without antialiasing, or block average",
-        choices=("bilinear", "average"),
+        choices=DOWNSAMPLE_MODES,
     )
     proxy_positions: str = option(
         "consecutive",
         "rotary positions of proxies: counted on from their image's first token, or each the "
         "middle of its block",
-        choices=("consecutive", "block"),
+        choices=PROXY_POSITIONS,
     )
     layout: str = option(
         "natural",
         "where newline tokens sit: after their crop, or as in the released weights",
-        choices=("natural", "released"),
+        choices=LAYOUTS,
     )
     guided_ratio: float | None = option(
         None,
@@ -168,10 +171,10 @@ class DataSettings:
         "data/sharegpt4v", "folder that image paths are relative to; null for parquet with bytes"
     )
     image_aspect_ratio: str = option(
-        "pad", "one square crop (pad) or a thumbnail and tiles (anyres)", choices=("pad", "anyres")
+        "pad", "one square crop (pad) or a thumbnail and tiles (anyres)", choices=ASPECT_RATIOS
     )
     image_grid_pinpoints: list[list[int]] = field(
-        default_factory=lambda: [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]],
+        default_factory=lambda: [list(pair) for pair in PINPOINTS_HW],
         metadata=_about("tile grids for anyres, each [height, width] in pixels, best first"),
     )
     max_length: int = option(2048, "longest row in tokens, images included", low=16)
@@ -202,7 +205,7 @@ class DataSettings:
         "raise",
         "what a row that cannot be used does: stop the run, or be left out, counted and listed in "
         "failures.txt",
-        choices=("raise", "skip"),
+        choices=FAILURE_POLICIES,
     )
     workers: int = option(4, "data-loading processes of each rank; 0 loads in the rank", low=0)
     prefetch: int = option(4, "batches that each worker keeps ready", low=1)
