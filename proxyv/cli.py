@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CommandError",
     "add_model_options",
+    "message_console",
     "model_options",
     "nearest",
     "place",
@@ -111,6 +112,13 @@ def _text(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror.lower()}"
     return str(error)
+
+
+def message_console() -> Console:
+    """A console on stderr for one-line messages, whose text stays as it is."""
+    from rich.console import Console  # not needed to load a model
+
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def table_console(**options: Any) -> Console:

@@ -263,9 +263,10 @@ class ProxyVConfig(LlavaNextConfig):
             return
         if self.proxy_kind == "spatial" and side is not None and side % self.side_reduction != 0:
             divisors = [r for r in range(1, side + 1) if side % r == 0]
+            left = f" that reduction={self.reduction} leaves" if self.reduction else ""
             raise ValueError(
                 f"side_reduction={self.side_reduction} does not divide the crop side of "
-                f"{side} tokens: use one of {divisors}"
+                f"{side} tokens{left}: use one of {divisors}"
             )
         if self.num_proxies(side) < 1:
             tokens = self.crop_tokens if side is None else side**2

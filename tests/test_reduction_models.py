@@ -290,7 +290,7 @@ def test_a_saved_model_takes_another_method(tmp_path) -> None:
         ({"reduction": {"method": "prumerge"}}, ["prumerge", "grid", "proxy_kind='learned'"]),
         ({"reduction": {"method": "fastv"}}, ["fastv", "grid"]),
         ({"reduction": {"method": "average_pool"}, "side_reduction": 4},
-         ["side_reduction=4", "side 2", "average_pool"]),
+         ["side_reduction=4", "side of 2", "average_pool"]),
         ({"reduction": {"method": "fitprune", "scheme": [0, 0, 3, 0]}, "proxy_kind": "learned"},
          ["fitprune", "no queries", "start_layer=2", "fastv"]),
         ({"reduction": {"method": "fastv", "layer": 9}, "start_layer": None}, ["fastv.layer", "3"]),

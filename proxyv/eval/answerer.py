@@ -52,7 +52,7 @@ class Answerer:
     def __init__(self, model: Any, processor: Any, template: str = "auto") -> None:
         self.model = model.eval()
         self.processor = processor
-        self.renderer = Renderer(processor.tokenizer, template, model.config.image_token_id)
+        self.renderer = Renderer(processor.tokenizer, template, model.config.image_token_index)
 
     @classmethod
     def load(

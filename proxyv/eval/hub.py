@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once and briefly."""
+"""Whether the Hugging Face hub can be reached, asked briefly."""
 
 from __future__ import annotations
 

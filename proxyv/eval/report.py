@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
-from proxyv.cli import CommandError, table_console
+from proxyv.cli import CommandError, message_console, table_console
 from proxyv.eval.compare import compare
 from proxyv.eval.page import Pictures, render_page
 from proxyv.eval.stored import load_run
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.samples < 0:
         raise CommandError(f"--samples {args.samples}: a whole number from 0 on is needed")
-    warnings = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    warnings = message_console()
     runs = [load_run(folder) for folder in args.runs]
     comparison = compare(runs)
     places = {

@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from proxyv.cli import table_console
+from proxyv.cli import message_console, table_console
 from proxyv.eval.benchmarks import BENCHMARKS, Benchmark, Record, averages
 from proxyv.eval.metrics import final_answer
 from proxyv.eval.records import rewrite_records
@@ -42,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = message_console()
     for run in args.runs:
         results = rescore(run, console.print)
         if args.json:

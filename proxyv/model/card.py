@@ -34,8 +34,7 @@ _PROXYV = (
 _SKIPPING = (
     "A vision-language model of the LLaVA-NeXT kind in which, from decoder layer {start} of "
     "{layers} on, vision tokens skip {skipped}, as in the redundancy study of ProxyV "
-    ""
-    "[arXiv 2505.15816](https://arxiv.org/abs/2505.15816)."
+    "([arXiv 2505.15816](https://arxiv.org/abs/2505.15816))."
 )
 _SKIPPED = {"atn": "attention", "atn_ffn": "attention and FFN"}
 _BASELINE = "A vision-language model of the LLaVA-NeXT kind, without proxies: the ProxyV baseline."

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxyv.model.cache import extend_cache
 from proxyv.model.guided_update import GuidedUpdate
-from proxyv.model.layout import SequenceLayout
+from proxyv.model.layout import SequenceLayout, take_rows
 from proxyv.model.masks import masked_attention
 from proxyv.model.passes import normalise, rotate
 from proxyv.model.proxies import (
@@ -249,8 +249,8 @@ class ProxyVLayerMixin:
             self.weights_tap(_natural_rows(weights, layout))
         if num_proxies:
             if streams.past_light is not None:
-                key = torch.cat([key, _take_keys(keys, streams.past_light)], dim=2)
-                value = torch.cat([value, _take_keys(values, streams.past_light)], dim=2)
+                key = torch.cat([key, take_rows(keys, streams.past_light)], dim=2)
+                value = torch.cat([value, take_rows(values, streams.past_light)], dim=2)
             proxy_out, _ = self._call_attention(
                 query[:, :, :num_proxies], key, value, streams.proxy_mask
             )
@@ -269,12 +269,6 @@ class ProxyVLayerMixin:
             attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling
         )
         return out, weights if name == "eager" else None
-
-
-def _take_keys(keys: Tensor, index: Tensor) -> Tensor:
-    """(B, H, K, h) and (B, N) -> (B, H, N, h)."""
-    index = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1])
-    return keys.gather(2, index)
 
 
 def _natural_rows(weights: Tensor, layout: SequenceLayout) -> Tensor:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxyv.model.fit import check_complete
+from proxyv.model.released import load_weights, weight_files
 
 __all__ = ["convert_internlm2", "from_internlm2", "internlm2_config"]
 
@@ -135,18 +136,12 @@ def convert_internlm2(source: str | Path, target: str | Path) -> LlamaConfig:
     """
     source, target = Path(source), Path(target)
     config = internlm2_config(json.loads((source / "config.json").read_text()))
-    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"{source} holds no weights: expected .safetensors or pytorch_model*.bin")
+    files = weight_files(source)
     target.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     size, dtype = 0, None
     for number, file in enumerate(files, start=1):
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        renamed = from_internlm2(state, config)
+        renamed = from_internlm2(load_weights(file), config)
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(renamed, target / name, metadata={"format": "pt"})
         places.update(dict.fromkeys(renamed, name))

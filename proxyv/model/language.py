@@ -144,6 +144,13 @@ class ProxyVTextMixin:
             **kwargs,
         )
 
+    def fuse(self) -> None:
+        """Fold the guided updates, see ``ProxyVForConditionalGeneration.fuse``."""
+        for layer in self.layers:
+            update = getattr(layer, "guided_update", None)
+            if update is not None and not layer.is_last:
+                update.fuse()
+
     def _drops_rows(self, layout: SequenceLayout | None, past_key_values: Cache | None) -> bool:
         """Whether layers see fewer rows than come in, now or where the prompt was read.
 

@@ -172,7 +172,7 @@ class SequenceLayout:
             full_valid=valid,
             light_index=light_index,
             proxy_anchor=first + before.gather(1, self.proxy_anchor),
-            slots=self.slots.expand_as(kept).gather(1, index),
+            slots=self.slots.gather(1, index),
             position_shift=self.position_shift.gather(1, index),
             natural_index=natural_index(
                 light_index, self.light_valid, full_index, valid, index.shape[1]

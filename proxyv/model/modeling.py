@@ -77,10 +77,7 @@ class ProxyVForConditionalGeneration(  # type: ignore[misc]
         Raises:
             ValueError: the model is in training mode, or its weights cannot be read as they are.
         """
-        for layer in self.model.language_model.layers:
-            update = getattr(layer, "guided_update", None)
-            if update is not None and not layer.is_last:
-                update.fuse()
+        self.model.language_model.fuse()
         return self
 
     def get_image_features(  # type: ignore[override]

@@ -31,7 +31,6 @@ from proxyv.model.layout_builder import build_layout
 from proxyv.model.streams import DecoderOptions
 from proxyv.model.vision import FEATURE_OPTIONS, ImageFeaturesMixin, build_projector
 from proxyv.model.window import past_length, real_rows
-from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["ProxyVModel"]
 
@@ -60,8 +59,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
         width = config.text_config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / math.sqrt(width))
         self.vocab_size = config.text_config.vocab_size
-        inside = self.reduction if isinstance(self.reduction, DecoderReduction) else None
-        options = DecoderOptions.of(config, inside)
+        options = DecoderOptions.of(config)
         self.language_model = build_language_model(config.text_config, options)
         self.post_init()
 

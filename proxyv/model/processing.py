@@ -27,7 +27,7 @@ class ProxyVProcessor(CroppingMixin, LlavaNextProcessor):  # type: ignore[misc]
     """Tokenizer and image processor of a ProxyV model.
 
     Every ``<image>`` in the text becomes C*(s*s+1) image tokens, C from the image's size; every
-    ``<video>``, where videos are given, F*((s/p)^2+1) of the same tokens for F frames.
+    ``<video>``, where videos are given, C*((s/p)^2+1) of the same tokens for C frames.
 
     Args:
         image_processor: a LLaVA-NeXT image processor; its crop size is the vision tower's image

@@ -36,6 +36,7 @@ from proxyv.model.crops import crop_processor
 __all__ = [
     "check_saved_variant",
     "is_release",
+    "load_weights",
     "read_release",
     "read_tokenizer",
     "read_weights",
@@ -43,6 +44,7 @@ __all__ = [
     "release_parts",
     "released_config",
     "to_released_config",
+    "weight_files",
 ]
 
 _FAMILIES = {"llava_llama": "llama", "llava_phi": "phi3", "llava_qwen": "qwen2"}
@@ -169,16 +171,29 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the folder holds neither.
     """
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        state |= load_weights(file)
+    return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors.
+
+    Raises:
+        ValueError: there are none.
+    """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{folder} holds no weights: expected .safetensors or pytorch_model*.bin")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            state |= load_file(file)
-        else:
-            state |= torch.load(file, map_location="cpu", weights_only=True)
-    return state
+    return files
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, ``.safetensors`` or what torch saved."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_tokenizer(folder: str | Path) -> Any:

@@ -42,8 +42,9 @@ class DecoderOptions:
     skip: str | None = None
 
     @classmethod
-    def of(cls, config: Any, reduction: DecoderReduction | None = None) -> DecoderOptions:
+    def of(cls, config: Any) -> DecoderOptions:
         """What a ``ProxyVConfig`` says."""
+        method = config.reduction_method
         return cls(
             start_layer=config.start_layer,
             side_reduction=config.side_reduction,
@@ -51,7 +52,7 @@ class DecoderOptions:
             guided_width=config.guided_width,
             released=config.layout == "released",
             learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
-            reduction=reduction,
+            reduction=method if method is not None and method.stage == "decoder" else None,
             skip=config.skip,
         )
 

@@ -27,7 +27,6 @@ from proxyv.model.image_spans import ImageSpan
 from proxyv.model.layout_builder import build_layout
 from proxyv.model.streams import DecoderOptions
 from proxyv.profiling.shapes import arm_name, further_arms, with_start
-from proxyv.reduction.base import DecoderReduction
 
 __all__ = ["Arm", "Inputs", "build_arms", "make_inputs"]
 
@@ -66,10 +65,8 @@ class Arm:
     def inference(self) -> None:
         """Prepare for inference: guided updates are folded."""
         self.model.eval()
-        for layer in self.model.layers:
-            update = getattr(layer, "guided_update", None)
-            if update is not None and not layer.is_last:
-                update.fuse()
+        if hasattr(self.model, "fuse"):  # the baseline is a stock model
+            self.model.fuse()
 
     def training(self, checkpointing: bool = False) -> None:
         """Prepare for training: folding is undone."""
@@ -180,9 +177,7 @@ def build_arms(
         stock = AutoModel.from_config(text, dtype=dtype, attn_implementation=attention)
         arms = [Arm("baseline", with_start(config, None), stock)]
         for name, chosen in zip(names, configs, strict=True):
-            method = chosen.reduction_method
-            inside = method if isinstance(method, DecoderReduction) else None
-            model = build_language_model(text, DecoderOptions.of(chosen, inside))
+            model = build_language_model(text, DecoderOptions.of(chosen))
             model.set_attn_implementation(attention)
             model.load_state_dict(stock.state_dict(), strict=False, assign=True)
             arms.append(Arm(name, chosen, model))

@@ -58,7 +58,7 @@ def flops_report(
                 decoder_flops(chosen, row, causal, folded=True),
             )
             base = base or counts
-            saved = [100 * (1 - count / full) for count, full in zip(counts, base, strict=True)]
+            saved = [100 * (1 - count / whole) for count, whole in zip(counts, base, strict=True)]
             figures = _stated(name, chosen) if stated else None
             rows.append(
                 {

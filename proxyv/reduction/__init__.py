@@ -17,28 +17,21 @@ How a model takes them in:
 * ``ProxyVConfig`` holds the mapping (``reduction``, None for none), builds the method to check it,
   and asks ``check_combination`` whether it goes with the ProxyV layers.
 * ``tokens_per_crop`` of the method replaces ``side ** 2`` wherever rows are counted; where it is
-  None the image decides, and placeholders can be matched only after the tower ran.
-* image: ``shrink`` before ``tower_features``, the tower called with
-  ``interpolate_pos_encoding=True``; crops then have the method's side.
-* tower: between ``tower_features`` and the projector, ``reduce(tower_states(...))``. Nothing is
-  hooked: queries and keys are made from the hidden state that enters the layer that
-  ``attention_layer`` names.
+  None the image decides: s*s rows are reserved for each crop, and some stay empty.
+* Methods of the stages image and tower run inside ``tower_features``. Nothing is hooked: queries
+  and keys are made from the hidden state that enters the layer that ``attention_layer`` names.
 * Grids survive average_pool, downsample and tokenpacker (``keeps_grid``), so spatial proxies can
-  be made of them. Other crops want learned proxies, with ``CropTokens.valid`` as the ``valid`` of
-  ``ProxyInitializer``.
+  be made of them. Other crops want learned proxies.
 * projector: ``build`` in place of the stock projector; its features are those of all layers that
   ``vision_feature_layer`` names, and ``_init_weights`` calls its ``init_weights``.
-* decoder: ``run_reduced`` in place of the stock loop over the layers. ``Rows.build`` takes the
-  image mask without newlines, padding, newlines, positions, and the judging rows
-  (``before_answers(labels)`` in training). ``Rows.restore`` puts the last hidden states back among
-  the S rows, so that labels, loss and generation stay as they are. What decoding needs to know of
-  the stages lies on the cache as ``proxyv_stages``; beams of one sample share it. Where a prompt is
-  read again with an answer behind it, ``judges`` has to name the prompt's last row.
-* decoder with ProxyV layers: ordinary layers first run as above. ``Rows.keep`` gives the index of
-  the rows left; the ``SequenceLayout`` of the ProxyV layers is then built from ``Rows.origin``,
-  and a drop inside them indexes full rows, splat rows, positions and masks by the same index.
-  ``FitPrune`` needs image tokens as queries, which ProxyV layers do not have: its scheme has to
-  end before ``start_layer``.
+* decoder: ``run_reduced`` in place of the stock loop over the layers. ``Rows.restore`` puts the
+  last hidden states back among the S rows, so that labels, loss and generation stay as they are.
+  What decoding needs to know of the stages lies on the cache as ``proxyv_stages``; beams of one
+  sample share it. Where a prompt is read again with an answer behind it, ``judges`` has to name
+  the prompt's last row.
+* decoder with ProxyV layers: rows that leave before or among them leave the layout too
+  (``SequenceLayout.keep``). ``FitPrune`` needs image tokens as queries, which ProxyV layers do not
+  have: its scheme has to end before ``start_layer``.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def decoder_heads(
         fused, kv = heads(attn.qkv_proj(normed)), attn.num_key_value_heads
         query, key, _ = fused.split([fused.shape[1] - 2 * kv, kv, kv], dim=1)
         if index is not None:
-            query = query.gather(2, _as_heads(index, query))
+            query = take_rows(query, index)
     else:
         raise ValueError(
             f"token reduction cannot read queries and keys of {type(attn).__name__}: it needs "
@@ -119,8 +119,3 @@ def decoder_heads(
         query, key = attn.q_norm(query), attn.k_norm(key)
     asked = rope if index is None else (take_rows(rope[0], index), take_rows(rope[1], index))
     return rotate(query, asked), rotate(key, rope)
-
-
-def _as_heads(index: Tensor, heads: Tensor) -> Tensor:
-    """(B, R) -> (B, H, R, h), to gather from ``heads``."""
-    return index[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[-1])

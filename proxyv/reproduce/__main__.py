@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from proxyv.cli import CommandError, run_command, table_console
+from proxyv.cli import CommandError, message_console, run_command, table_console
 from proxyv.reproduce.plan import ROOT, TIERS, Job, Plan, choose, find_plan, presets
 from proxyv.reproduce.progress import Progress, job_states, state_table
 
@@ -102,7 +100,7 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
 
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = message_console()
     progress = Progress(plan, jobs, results, console.print)
     began = now()
     with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it

@@ -14,10 +14,11 @@ from proxyv.data.templates import IGNORE_INDEX
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.images import row_images
 from proxyv.eval.sources import Rows
-from proxyv.model.flops import RowTokens, paper_flops, run_flops
+from proxyv.model.flops import RowTokens, paper_flops
+from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.measure import time_interleaved
 from proxyv.profiling.shapes import with_start
-from proxyv.study.cost import make_prompt
+from proxyv.study.cost import make_prompt, prefill
 
 __all__ = ["arm_cost", "page_crops"]
 
@@ -71,7 +72,7 @@ def arm_cost(
     }
     steps = _time_steps(prompts, cost["repeats"]) if trained else {}
     model.fuse()
-    works = {name: partial(_prefill, *given) for name, given in prompts.items()}
+    works = {name: partial(prefill, *given) for name, given in prompts.items()}
     timings = time_interleaved(works, model.device, cost["repeats"])
     kept = _tokens_left(model, crops, cost["text"]) if config.image_decides else None
     row = RowTokens(len(crops), cost["text"])
@@ -130,11 +131,6 @@ def _baseline(config: Any) -> Any:
 
 
 @torch.inference_mode()
-def _prefill(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    return model(**inputs, use_cache=True, logits_to_keep=1).logits
-
-
-@torch.inference_mode()
 def _tokens_left(model: Any, crops: Tensor, text: int) -> float:
     """Mean number of tokens of a crop that reach the end of the decoder; the others are zeros."""
     prompt = make_prompt(model, len(crops), text) | {"pixel_values": crops[None]}
@@ -147,8 +143,7 @@ def _tokens_left(model: Any, crops: Tensor, text: int) -> float:
 def _flops(config: Any, row: RowTokens) -> dict[str, int]:
     """FLOPs of the decoder layers, in both conventions."""
     fused = config.text_config.model_type == "phi3"
-    parts = run_flops(config, row, causal=True, folded=True)
     return {
         "paper": paper_flops(config, row, fused_qkv=fused),
-        "as_run": parts["language_model"] + parts["proxyv"],
+        "as_run": decoder_flops(config, row, causal=True, folded=True),
     }

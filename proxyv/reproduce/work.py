@@ -13,11 +13,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS
@@ -157,7 +157,7 @@ def run_job(
         },
         "settings": {
             "arm": job.arm.settings(),
-            **{name: _as_dict(settings) for name, (_, settings) in trained.items()},
+            **{name: asdict(settings) for name, (_, settings) in trained.items()},
             "evaluation": answerer.describe()
             | {"batch_size": plan.batch_size, "answer_tokens": dict(plan.answer_tokens)},
             "world": dict(plan.world),
@@ -204,10 +204,6 @@ def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None])
     study(["redundancy", *words])
     found = json.loads((output / "redundancy.json").read_text(encoding="utf-8"))
     write_json(target, {**found, "weights": fingerprint(model)})
-
-
-def _as_dict(settings: Settings) -> dict[str, Any]:
-    return dict(OmegaConf.to_container(OmegaConf.structured(settings)))  # type: ignore[arg-type]
 
 
 def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, Any], Settings]:

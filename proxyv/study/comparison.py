@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import AutoConfig
 
-from proxyv.cli import CommandError, model_options
+from proxyv.cli import CommandError, message_console, model_options
 from proxyv.config import ProxyVConfig
 from proxyv.eval.answerer import Answerer, check_model_name, model_type
 from proxyv.eval.runner import RunOptions
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     for entry in entries:
         _check(entry)
     tables = {benchmark.name: load_rows(benchmark, args.data) for benchmark in benchmarks}
-    warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    warn = message_console().print
     found = [_look_at(entry, args, tables, options, warn) for entry in entries]
     report = comparison_report(
         names, [run_ for run_, _ in found], [cost for _, cost in found], list(tables)

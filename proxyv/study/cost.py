@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proxyv.profiling.measure import Timing, peak_memory, time_interleaved
 
-__all__ = ["Cost", "make_prompt", "measure_cost"]
+__all__ = ["Cost", "make_prompt", "measure_cost", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measure_cost(model: Any, crops: int, text: int, repeats: int) -> Cost:
         repeats: timed rounds, after one that warms up.
     """
     model.fuse()
-    work = partial(_prefill, model, make_prompt(model, crops, text))
+    work = partial(prefill, model, make_prompt(model, crops, text))
     with _eager(model), FlopCounterMode(display=False) as counter:
         work()
     by_module = counter.get_flop_counts()
@@ -84,7 +84,8 @@ def measure_cost(model: Any, crops: int, text: int, repeats: int) -> Cost:
 
 
 @torch.inference_mode()
-def _prefill(model: Any, inputs: dict[str, Tensor]) -> Any:
+def prefill(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """Logits (B, 1, V) of the last row of a prompt, which fills a cache."""
     return model(**inputs, use_cache=True, logits_to_keep=1).logits
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from rich.console import Console
 
-from proxyv.cli import CommandError
+from proxyv.cli import CommandError, message_console
 from proxyv.eval.answerer import Answerer
 from proxyv.eval.benchmarks import BENCHMARKS, Record
 from proxyv.eval.plan import item_images, make_items
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         template=settings["template"],
         reduction=method.options(),  # which an evaluation may have set for an unreduced model
     )
-    warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    warn = message_console().print
     samples = [
         _sample(runs, task, pair, answerer, args.data, warn) for task, pair in found[: args.samples]
     ]

@@ -128,7 +128,7 @@ class _Masker:
             # Padding repeats an entry that is a row of an image, or the row 0 of text.
             rows = torch.zeros_like(vision, dtype=torch.int)
             rows.scatter_add_(1, layout.full_index, layout.full_valid.int())
-            vision, slots = rows > 0, layout.slots.expand(B, S)
+            vision, slots = rows > 0, layout.slots
         real = torch.ones_like(vision) if mask is None else mask[:, :S].bool()
         seen = vision_mask(vision, slots, real, self.hidden)
         if cache is not None:  # a static cache hands on more keys than there are rows

@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-
+from proxyv.cli import message_console
 from proxyv.eval.statistics import SEED
 from proxyv.profiling.report import Report
 
@@ -26,5 +25,5 @@ def publish(report: Report, args: argparse.Namespace, folder: Path) -> None:
     report.settings.update({"seed": SEED, **options})
     report.save(folder)
     report.print(args.json)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = message_console()
     console.print(f"written: {folder / report.name}.json, .md and .png")

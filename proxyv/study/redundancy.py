@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from proxyv.cli import CommandError, model_options
+from proxyv.cli import CommandError, message_console, model_options
 from proxyv.eval.answerer import Answerer, check_model_name
 from proxyv.eval.runner import RunOptions
 from proxyv.eval.sources import Rows, load_rows
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     args.device = str(answerer.device)
     depth = answerer.model.config.text_config.num_hidden_layers
     output = args.output or _default_output(args.model, args.hide)
-    warn = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    warn = message_console().print
     runs = [
         _score_masked(args, answerer, tables, options, output, number, warn)
         for number in layer_counts(ratios, depth)

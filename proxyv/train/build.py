@@ -182,7 +182,7 @@ def build(settings: Settings) -> Built:
     template = template_of(processor.tokenizer, settings.model.template)
     mark_template(processor.tokenizer, template)
     processor.chat_template = template.chat_template()
-    renderer = Renderer(processor.tokenizer, template, model.config.image_token_id)
+    renderer = Renderer(processor.tokenizer, template, model.config.image_token_index)
     model.generation_config.eos_token_id = renderer.end_token_id
     originals = quantize(model) if settings.model.quantize != "none" else {}
     if settings.lora.rank is not None:

@@ -99,7 +99,7 @@ class ProxyVTrainer(ResumableTrainer):
     def _count(self, inputs: dict[str, Any]) -> None:
         """Add up tokens and FLOPs of a micro-batch; padding is none."""
         config: Any = self.model.config
-        images = inputs["input_ids"] == config.image_token_id
+        images = inputs["input_ids"] == config.image_token_index
         sizes = [inputs["attention_mask"], images, inputs["labels"] != IGNORE_INDEX]
         for tokens, of_images, supervised in torch.stack([s.sum(1) for s in sizes], 1).tolist():
             self._tokens += tokens

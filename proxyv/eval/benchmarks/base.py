@@ -93,6 +93,7 @@ class Benchmark(ABC):
         columns: columns that a row must have; ``a|b`` stands for one of two.
         image_table: where the images are, None where each row has its own.
         id_column: holds the data set's own id; the row number is taken where it is empty or None.
+        kind_column: names the part of the data set that a row belongs to; None where it has none.
         needs_id: whether nothing can be scored or handed in without that id.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
@@ -111,6 +112,7 @@ class Benchmark(ABC):
     columns: ClassVar[tuple[str, ...]]
     image_table: ClassVar[ImageTable | None] = None
     id_column: ClassVar[str | None] = None
+    kind_column: ClassVar[str | None] = None
     needs_id: ClassVar[bool] = False
     max_new_tokens: ClassVar[int]
     main_score: ClassVar[str]
@@ -136,7 +138,7 @@ class Benchmark(ABC):
 
     def kind(self, row: Mapping[str, Any]) -> str | None:
         """The part of the data set a row belongs to, also of one that is otherwise unusable."""
-        return None
+        return None if self.kind_column is None else optional_text(row.get(self.kind_column))
 
     def group(self, row: Mapping[str, Any]) -> Hashable:
         """The group of `group_size` rows that a row belongs to."""

@@ -18,7 +18,6 @@ from proxyv.eval.benchmarks.base import (
     Sample,
     Score,
     mean_score,
-    optional_text,
     text_cell,
 )
 from proxyv.eval.metrics import relaxed_accuracy
@@ -33,12 +32,9 @@ class ChartQA(Benchmark):
     repositories = ("lmms-lab-encoder/ChartQA", "lmms-lab/ChartQA")
     split = "test"
     columns = ("type", "question", "answer", "image")
+    kind_column = "type"
     max_new_tokens = 16
     main_score = "relaxed_overall"
-
-    def kind(self, row: Mapping[str, Any]) -> str | None:
-        """Which half the question is from."""
-        return optional_text(row.get("type"))
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

@@ -21,7 +21,6 @@ from proxyv.eval.benchmarks.base import (
     Score,
     mean_score,
     number_text,
-    optional_text,
     text_cell,
 )
 from proxyv.eval.choices import LETTERS, ROTATION, chosen_option, circular_hits
@@ -40,6 +39,7 @@ class MMBench(Benchmark):
     config = "en"
     split = "dev"
     columns = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category", "image")
+    kind_column = "category"
     max_new_tokens = 1024
     main_score = "circular_accuracy"
     limit_note = "rotations are left out, and the score turns into accuracy without rotations"
@@ -47,10 +47,6 @@ class MMBench(Benchmark):
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
         """The data set's number; rotations add millions to it, so a row number cannot stand in."""
         return number_text(row.get("index"))
-
-    def kind(self, row: Mapping[str, Any]) -> str | None:
-        """The ability that is tested."""
-        return optional_text(row.get("category"))
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

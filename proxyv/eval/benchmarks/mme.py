@@ -41,6 +41,7 @@ class MME(Benchmark):
     repositories = ("lmms-lab-encoder/MME", "lmms-lab/MME")
     split = "test"
     columns = ("question_id", "image", "question", "answer", "category")
+    kind_column = "category"
     max_new_tokens = 16
     id_column = "question_id"
     needs_id = True
@@ -52,10 +53,6 @@ class MME(Benchmark):
     def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Only the categories of perception."""
         return [{}] if row.get("category") in PERCEPTION else []
-
-    def kind(self, row: Mapping[str, Any]) -> str | None:
-        """The category."""
-        return optional_text(row.get("category"))
 
     def group(self, row: Mapping[str, Any]) -> Hashable:
         """The two questions of an image in a category."""

@@ -19,7 +19,6 @@ from proxyv.eval.benchmarks.base import (
     Score,
     answer_list,
     mean_score,
-    optional_text,
     text_cell,
 )
 from proxyv.eval.metrics import OCRBENCH_SIZE, ocrbench_match, ocrbench_score
@@ -47,13 +46,10 @@ class OCRBench(Benchmark):
     repositories = ("echo840/OCRBench",)
     split = "test"
     columns = ("dataset", "question", "question_type", "answer", "image")
+    kind_column = "question_type"
     max_new_tokens = 128
     main_score = "ocrbench_accuracy"
     limit_note = "the score is the number of right answers out of 1,000, however many are asked"
-
-    def kind(self, row: Mapping[str, Any]) -> str | None:
-        """The category."""
-        return optional_text(row.get("question_type"))
 
     def sample(self, index: int, row: Mapping[str, Any]) -> Sample:
         """Make the question of a row (see the base class)."""

@@ -32,6 +32,7 @@ class SEEDBench(Benchmark):
     repositories = ("lmms-lab-encoder/SEED-Bench", "lmms-lab/SEED-Bench")
     split = "test"
     columns = ("answer", *CHOICES.values(), "data_type", "question", "question_id", "image")
+    kind_column = "question_type_id"
     max_new_tokens = 1024
     id_column = "question_id"
     main_score = "seed_image"
@@ -39,10 +40,6 @@ class SEEDBench(Benchmark):
     def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Only images."""
         return [{}] if row.get("data_type") == "image" else []
-
-    def kind(self, row: Mapping[str, Any]) -> str | None:
-        """The kind of question, a number."""
-        return optional_text(row.get("question_type_id"))
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """The list of images of a row, one for this part of the data."""

@@ -33,15 +33,13 @@ from proxyv.train.stage0.loop import (
 )
 from proxyv.train.stage0.page_table import PageTable
 from proxyv.train.stage0.pages import PageRing, held_out
-from proxyv.train.stage0.targets import patch_targets, to_tensor
+from proxyv.train.stage0.targets import PAGE_HW, PATCH_PX, patch_targets, to_tensor
 from proxyv.train.stage0.tokenizer import build_tokenizer, save_tokenizer
 
 __all__ = ["LanguageSettings", "language_config", "train_language"]
 
 READ_SHARE = 0.25  # of the pages are copied in whole, the others asked about
-PAGE_HW = (168, 168)
 STRIP_HW = (56, 168)
-PATCH_PX = 14
 SORTED_BATCHES = 4
 
 Batch = tuple[np.ndarray, np.ndarray, list[Rendered]]  # pixels, slots, conversations
@@ -261,7 +259,7 @@ class GridReader(Trainee):
                 said = labels[0] != IGNORE_INDEX
                 good = (logits.argmax(-1) == labels)[0]
                 hits, total = hits + int(good[said].sum()), total + int(said.sum())
-                ends = torch.nonzero(labels[0] == 2).flatten().tolist()
+                ends = torch.nonzero(labels[0] == self.renderer.end_token_id).flatten().tolist()
                 start = 0
                 for end in ends:
                     span = said[start : end + 1]

@@ -46,6 +46,7 @@ class PageRing:
     ) -> None:
         self.seed, self.capacity, self.mix, self.size_hw = seed, capacity, mix, size_hw
         self.drawn = 0
+        self._next = 0
         self.pages: list[Page] = []
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.workers = workers
@@ -67,8 +68,6 @@ class PageRing:
                 slot = self._next
                 self.pages[slot], self.arrays[slot] = page, item
                 self._next = (slot + 1) % self.capacity
-
-    _next = 0
 
     def fill(self) -> None:
         """Draw pages to begin with; ``renew`` adds more until the ring is full."""

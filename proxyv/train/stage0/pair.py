@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from proxyv.synthetic.world import Mix
-from proxyv.train.stage0.language import PAGE_HW, GridReader, LanguageSettings, Phase
+from proxyv.train.stage0.language import GridReader, LanguageSettings, Phase
 from proxyv.train.stage0.loop import (
     Optimisers,
     PartSettings,
@@ -28,7 +28,7 @@ from proxyv.train.stage0.loop import (
     save_bf16,
 )
 from proxyv.train.stage0.projector import Projector
-from proxyv.train.stage0.targets import to_tensor
+from proxyv.train.stage0.targets import PAGE_HW, to_tensor
 from proxyv.train.stage0.tokenizer import save_tokenizer
 from proxyv.train.stage0.tower import ReadingTower, TowerSettings
 

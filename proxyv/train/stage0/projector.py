@@ -21,8 +21,8 @@ from proxyv.model.stage1 import read_stage1, write_stage1
 from proxyv.synthetic.world import Mix
 from proxyv.train.stage0.loop import Optimisers, PartSettings, Trainee, load_bf16, run_loop
 from proxyv.train.stage0.pages import PageRing, held_out
-from proxyv.train.stage0.targets import patch_targets, to_tensor
-from proxyv.train.stage0.tower import GRID, PAGE_HW, PATCH_PX, ReadingTower, TowerSettings
+from proxyv.train.stage0.targets import GRID, PAGE_HW, PATCH_PX, patch_targets, to_tensor
+from proxyv.train.stage0.tower import ReadingTower, TowerSettings
 
 __all__ = ["Projector", "ProjectorSettings", "train_projector"]
 

@@ -13,7 +13,23 @@ from torch import Tensor
 
 from proxyv.synthetic.page import Glyph
 
-__all__ = ["ALPHABET", "BLANK", "CELLS", "SLOTS", "colour_cells", "glyph_array", "patch_targets"]
+__all__ = [
+    "ALPHABET",
+    "BLANK",
+    "CELLS",
+    "GRID",
+    "PAGE_HW",
+    "PATCH_PX",
+    "SLOTS",
+    "colour_cells",
+    "glyph_array",
+    "patch_targets",
+    "to_tensor",
+]
+
+PAGE_HW = (168, 168)
+PATCH_PX = 14
+GRID = PAGE_HW[0] // PATCH_PX  # patches on a side
 
 ALPHABET = "".join(chr(code) for code in range(33, 127))
 BLANK = 0  # class of an empty slot; character i of the alphabet is class i + 1

@@ -36,15 +36,15 @@ from proxyv.train.stage0.targets import (
     ALPHABET,
     BLANK,
     CELLS,
+    GRID,
+    PAGE_HW,
+    PATCH_PX,
     SLOTS,
     colour_cells,
     patch_targets,
     to_tensor,
 )
 
-GRID = 12  # patches on a side
-PATCH_PX = 14
-PAGE_HW = (168, 168)
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 __all__ = ["TowerSettings", "tower_config", "train_tower"]
