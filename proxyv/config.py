@@ -134,7 +134,7 @@ class ProxyVConfig(LlavaNextConfig):
         return math.isqrt(self.crop_tokens) if method.keeps_grid else None
 
     @property
-    def tokens_per_crop(self) -> int:
+    def rows_per_crop(self) -> int:
         """Rows that one crop takes in the sequence: its full tokens and its newline."""
         return self.crop_tokens + 1
 

@@ -141,7 +141,7 @@ PIPELINE = ImagePipeline(
         "image_sizes": torch.tensor([(image.height, image.width) for image in images]),
     },
     count_crops=lambda size_hw: 1,
-    tokens_per_crop=10,
+    rows_per_crop=10,
 )
 
 
@@ -175,7 +175,7 @@ def test_rows_are_cut_on_the_right_but_never_inside_an_image():
     long = dataset(rows(1, answer="y" * 100, image=False), max_length=20)
     assert len(long[0]["input_ids"]) == 20
     assert long.rendered(0).hidden == 101 - sum(long[0]["labels"] != IGNORE_INDEX)
-    pipeline = ImagePipeline(PIPELINE.inputs, PIPELINE.count_crops, tokens_per_crop=30)
+    pipeline = ImagePipeline(PIPELINE.inputs, PIPELINE.count_crops, rows_per_crop=30)
     renderer = Renderer(build_tokenizer(), "tiny")
     row = rows(1)[0]
     crowded = ConversationDataset([row], renderer, pipeline, max_length=20)

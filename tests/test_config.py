@@ -13,7 +13,7 @@ def test_defaults_are_a_baseline_with_the_papers_reduction() -> None:
     config = ProxyVConfig()
     assert config.start_layer is None
     assert (config.side_reduction, config.downsample, config.layout) == (4, "bilinear", "natural")
-    assert (config.side, config.tokens_per_crop, config.proxies_per_crop) == (24, 577, 36)
+    assert (config.side, config.rows_per_crop, config.proxies_per_crop) == (24, 577, 36)
 
 
 @pytest.mark.parametrize(

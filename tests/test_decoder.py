@@ -422,4 +422,4 @@ def test_nothing_of_transformers_is_changed(request) -> None:
 
 
 def test_tiny_config_is_what_the_tests_assume() -> None:
-    assert tiny_config().tokens_per_crop == 17
+    assert tiny_config().rows_per_crop == 17

@@ -71,7 +71,7 @@ def test_formula_is_what_torch_counts(family, variant):
 def test_head_rows():
     model = tiny_model(attention="eager")
     row = RowTokens(crops=1, text=8)
-    rows = model.config.tokens_per_crop + 8
+    rows = model.config.rows_per_crop + 8
     expected = run_flops(model.config, row, head_rows=rows)
     assert counted(model, ["1", 8]) == sum(expected.values())
 
@@ -94,7 +94,7 @@ def test_causal_attention_is_counted_once():
     """Scores of a causal kernel: half of the square, its diagonal included."""
     config = tiny_config(start_layer=None)
     row = RowTokens(crops=2, text=6)
-    rows = 2 * config.tokens_per_crop + 6
+    rows = 2 * config.rows_per_crop + 6
     full, half = (run_flops(config, row, causal=causal) for causal in (False, True))
     pairs = rows * (rows - 1) // 2
     assert full["language_model"] - half["language_model"] == 4 * 4 * pairs * 32

@@ -67,7 +67,7 @@ class Case:
         self.inputs = self._inputs()
 
     def _inputs(self) -> dict[str, Tensor]:
-        per_crop, token = self.config.tokens_per_crop, self.config.image_token_index
+        per_crop, token = self.config.rows_per_crop, self.config.image_token_index
         supply = iter(self.images)
         rows, labels = [], []
         pairs = zip(self.tensors["in.input_ids"], self.tensors["in.labels"], strict=True)
@@ -97,7 +97,7 @@ class Case:
 
     def light_rows(self, row: int) -> tuple[list[int], list[int]]:
         """Natural rows and the file's rows of the newline and text tokens of one sample."""
-        per_crop, token = self.config.tokens_per_crop, self.config.image_token_index
+        per_crop, token = self.config.rows_per_crop, self.config.image_token_index
         ids = self.inputs["input_ids"][row].tolist()
         valid = int(self.inputs["attention_mask"][row].sum())
         newlines, text, run = [], [], 0

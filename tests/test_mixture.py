@@ -30,7 +30,7 @@ PIPELINE = ImagePipeline(
         "image_sizes": torch.tensor([(image.height, image.width) for image in images]),
     },
     count_crops=lambda size_hw: 1,
-    tokens_per_crop=10,
+    rows_per_crop=10,
 )
 
 

@@ -120,7 +120,9 @@ def test_spatial_proxies_of_smaller_grids() -> None:
     combine({"method": "tokenpacker", "scale": 2})
     combine({"method": "average_pool", "block": 3})
     combine({"method": "downsample", "side": 20})
-    with pytest.raises(ValueError, match=r"side_reduction=2.*side of 1 tokens that .*tokenpacker.* leaves: use one of \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"=2 .* side of 1 tokens that .*tokenpacker.* leaves: use one of \[1\]"
+    ):
         tiny_config(reduction={"method": "tokenpacker", "scale": 4})
 
 

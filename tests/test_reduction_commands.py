@@ -67,7 +67,7 @@ def test_a_saved_model_answers_with_a_method(text, tmp_path: Path) -> None:
     folder = save_small_model(tmp_path, start_layer=None, image_aspect_ratio="anyres")
     answerer = Answerer.load(str(folder), device="cpu", reduction=parse_options(text))
     assert answerer.describe()["reduction"] == parse_options(text)
-    assert answerer.processor.tokens_per_crop == METHODS[text]
+    assert answerer.processor.rows_per_crop == METHODS[text]
     images = [[Image.new("RGB", (60, 30), "red"), Image.new("RGB", (9, 9))],
               [Image.new("RGB", (40, 90), "blue")], []]  # fmt: skip
     questions = ["What colours?", "Why?", "No image"]
@@ -80,7 +80,7 @@ def test_a_saved_model_answers_with_a_method(text, tmp_path: Path) -> None:
     assert together == alone
     answerer.processor.save_pretrained(tmp_path / "processor")
     again = type(answerer.processor).from_pretrained(tmp_path / "processor")
-    assert again.tokens_per_crop == METHODS[text]
+    assert again.rows_per_crop == METHODS[text]
 
 
 def conversations(folder: Path, number: int) -> Path:

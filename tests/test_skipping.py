@@ -140,7 +140,7 @@ def test_generation_with_the_cache_equals_recomputation(skip, family, beams, gen
 def test_an_image_in_a_later_turn_equals_one_pass(skip, generator) -> None:
     model = skipping_model(skip)
     ids, images = sample([2, "1", 3, "2", 4], model.config, generator)
-    first = int((ids == IMAGE_TOKEN).nonzero()[0]) + model.config.tokens_per_crop + 3
+    first = int((ids == IMAGE_TOKEN).nonzero()[0]) + model.config.rows_per_crop + 3
     with torch.no_grad():
         whole = model(**collate([(ids, images)])).logits[0]
         cache = model(**collate([(ids[:first], images[:1])]), use_cache=True).past_key_values

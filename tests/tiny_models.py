@@ -92,7 +92,7 @@ def sample(
     for part in parts:
         if isinstance(part, str):
             crops = int(part)
-            ids.append(torch.full((crops * config.tokens_per_crop,), IMAGE_TOKEN))
+            ids.append(torch.full((crops * config.rows_per_crop,), IMAGE_TOKEN))
             images.append(torch.randn(crops, 3, px, px, generator=generator))
         else:
             ids.append(torch.randint(3, IMAGE_TOKEN - 1, (part,), generator=generator))

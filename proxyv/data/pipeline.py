@@ -30,12 +30,12 @@ class ImagePipeline:
         inputs: images to ``pixel_values`` (N, C, 3, H, W), ``num_crops`` (N,) and
             ``image_sizes`` (N, 2).
         count_crops: (height, width) of an image to its number of crops, without decoding it.
-        tokens_per_crop: full tokens and the newline token of a crop.
+        rows_per_crop: full tokens and the newline token of a crop.
     """
 
     inputs: Callable[[list[Image.Image]], dict[str, Any]]
     count_crops: Callable[[tuple[int, int]], int]
-    tokens_per_crop: int
+    rows_per_crop: int
 
     @classmethod
     def of(cls, processor: ProxyVProcessor) -> ImagePipeline:
@@ -43,7 +43,7 @@ class ImagePipeline:
         return cls(
             inputs=processor.image_inputs,
             count_crops=lambda size_hw: processor.crop_layout(size_hw).num_crops,
-            tokens_per_crop=processor.tokens_per_crop,
+            rows_per_crop=processor.rows_per_crop,
         )
 
 
@@ -114,7 +114,7 @@ class RowPipeline:
         Raises:
             DataError: the row fits no template, or its images do not fit the length limit.
         """
-        lengths = [crops * self.images.tokens_per_crop for crops in num_crops]
+        lengths = [crops * self.images.rows_per_crop for crops in num_crops]
         try:
             rendered = self.renderer.render(row.turns, lengths)
         except ValueError as error:

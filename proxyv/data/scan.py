@@ -126,7 +126,7 @@ def _fingerprint(dataset: ConversationDataset) -> str:
         len(dataset),
         dataset.renderer.fingerprint,
         dataset.max_length,
-        dataset.images.tokens_per_crop,
+        dataset.images.rows_per_crop,
         crops,
     )
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]

@@ -89,7 +89,7 @@ class GrowingCache(DynamicCache):
     notes on it about the samples of the batch follows where samples are repeated or selected.
 
     Attributes:
-        proxyv_rows: rows of the whole sequence, where a reduced prompt left fewer; see ``note_stages``.
+        proxyv_rows: rows of the whole sequence where a reduced prompt left fewer; ``note_stages``.
         proxyv_full_rows: (B, past) which rows are full tokens; see ``remember_full_rows``.
         proxyv_stages: what decoding has to know of a reduced prompt; see ``note_stages``.
     """

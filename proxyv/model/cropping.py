@@ -58,7 +58,7 @@ class CroppingMixin:
         return self.crop_px // self.patch_size
 
     @property
-    def tokens_per_crop(self) -> int:
+    def rows_per_crop(self) -> int:
         """Rows of the sequence that one crop takes: its full tokens and its newline."""
         return (self.crop_tokens or self.side**2) + 1
 
@@ -88,7 +88,7 @@ class CroppingMixin:
             if self.packing == "llava_next" and num_crops > 1:
                 counts.append(self.num_image_tokens((height, width), "anyres"))
             elif int(pool) == 1:
-                counts.append(num_crops * self.tokens_per_crop)
+                counts.append(num_crops * self.rows_per_crop)
             else:
                 counts.append(num_image_tokens(num_crops, pooled_side(self.side, int(pool))))
         return counts
@@ -96,7 +96,7 @@ class CroppingMixin:
     def _num_tokens(self, size_hw: tuple[int, int], cut: CropLayout) -> int:
         if self.packing == "llava_next":
             return num_unpadded_tokens(size_hw, cut.grid_hw, self.side)
-        return cut.num_crops * self.tokens_per_crop
+        return cut.num_crops * self.rows_per_crop
 
     def image_inputs(self, images: Any, image_aspect_ratio: str | None = None) -> dict[str, Any]:
         """Turn images into model inputs.

@@ -229,7 +229,7 @@ def _reduced_grids(config: Any, counts: list[int], pools: list[int]) -> list[Ima
             f"{config.reduction_method.name!r}, which reduces whole crops: use a method inside "
             "the decoder (fastv, pyramiddrop), or no pooling"
         )
-    rows = config.tokens_per_crop
+    rows = config.rows_per_crop
     return [ImageGrid(count, config.crop_side, count * rows) for count in counts]
 
 

@@ -187,13 +187,13 @@ def build_arms(
 def make_inputs(config: ProxyVConfig, row: RowTokens, batch: int, like: Tensor) -> Inputs:
     """Random rows of the type, and on the device, of ``like``."""
     generator = torch.Generator().manual_seed(0)
-    length = row.crops * config.tokens_per_crop + row.text
+    length = row.crops * config.rows_per_crop + row.text
     width = config.text_config.hidden_size
 
     def draw(rows: int) -> Tensor:
         return torch.randn(batch, rows, width, generator=generator).mul_(0.02).to(like)
 
     kept = (row.kept,) * row.crops if row.kept is not None and config.image_decides else None
-    grid = ImageGrid(row.crops, config.crop_side, row.crops * config.tokens_per_crop, kept)
+    grid = ImageGrid(row.crops, config.crop_side, row.crops * config.rows_per_crop, kept)
     image = [ImageSpan(row.text // 2, grid)] if row.crops else []
     return Inputs(row, draw(length), draw(1), [image] * batch)

@@ -51,7 +51,7 @@ def loss_report(
         device: where they lie.
     """
     text = config.text_config
-    length = row.crops * config.tokens_per_crop + row.text
+    length = row.crops * config.rows_per_crop + row.text
     with device:
         head = LanguageHead(text.hidden_size, text.vocab_size).to(dtype)
         hidden = torch.randn(batch, length, text.hidden_size, dtype=dtype, requires_grad=True)

@@ -50,7 +50,7 @@ def make_prompt(model: Any, crops: int, text: int) -> dict[str, Tensor]:
     vocabulary = config.text_config.vocab_size
     words = torch.randint(1, vocabulary, (text,), generator=generator)
     words = torch.where(words == token, 1, words)
-    image = torch.full((crops * config.tokens_per_crop,), token)
+    image = torch.full((crops * config.rows_per_crop,), token)
     ids = torch.cat([words[: text // 2], image, words[text // 2 :]])[None]
     pixels = torch.randn(1, crops, 3, px, px, generator=generator)
     return {

@@ -48,7 +48,7 @@ def _cost(settings: Settings, config: Any, parts: list[Any], ranks: int) -> list
     crops = most_crops(settings, config)
     row = RowShape(crops, _TEXT, _SUPERVISED)
     step = settings.optim.global_batch * sum(row_flops(config, row, trained_parts(parts)).values())
-    tokens = crops * config.tokens_per_crop + _TEXT
+    tokens = crops * config.rows_per_crop + _TEXT
     zero = (deepspeed_config(settings) or {}).get("zero_optimization", {})
     memory = step_memory(config, settings, parts, zero, ranks, crops)
     return [

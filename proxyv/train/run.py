@@ -301,7 +301,7 @@ def _pad_token_id(built: Built) -> int:
 
 def _dummy_image(built: Built) -> DummyImage:
     processor = built.processor
-    tokens = ImagePipeline.of(processor).tokens_per_crop
+    tokens = ImagePipeline.of(processor).rows_per_crop
     return DummyImage(built.model.config.image_token_index, tokens, processor.crop_px)
 
 

@@ -104,7 +104,7 @@ class ProxyVTrainer(ResumableTrainer):
         for tokens, of_images, supervised in torch.stack([s.sum(1) for s in sizes], 1).tolist():
             self._tokens += tokens
             self._supervised += supervised
-            crops = of_images // config.tokens_per_crop
+            crops = of_images // config.rows_per_crop
             row = RowShape(crops, tokens - of_images, supervised)
             self._flops += sum(row_flops(config, row, self._trained).values())
 
