@@ -8,12 +8,12 @@
 #                                             text, training with checkpointing, token reduction
 #   bash scripts/benchmark.sh gpu             Vicuna-7B, Llama3-8B, Qwen2-7B shapes, random bf16 weights
 #   AGAIN=1 bash scripts/benchmark.sh prefill measured again; otherwise a part that is done is left
-#   OUTPUT=/tmp/b SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 \
+#   OUTPUT=runs/small SHAPE=layers=4,width=64,heads=4,ffn=128,side=8 STARTS=2,1 LARGE=6 \
 #       DROPS=[1,2,3] ZIP=30,contextual=4 KEPT=16 bash scripts/benchmark.sh      everything, in a small model
 #
 # Parts may be named one by one. The last table says what was measured beside what it should be
 # (proxyv/profiling/limits.py has the numbers) and never fails; a part that fails does.
-# Environment: OUTPUT (default docs/results), SHAPE, STARTS, CROPS, TEXT, LARGE (crops), REPEATS,
+# Environment: OUTPUT (default runs/benchmark; docs/results holds what was measured so), SHAPE, STARTS, CROPS, TEXT, LARGE (crops), REPEATS,
 #   LARGE_REPEATS, THREADS (default 2), DTYPE, DEVICE, ATTN; for gpu PRESETS, BATCHES, ATTENTIONS;
 #   for reduction DROPS (layers of pyramiddrop), KEPT (tokens of a crop that prumerge and random
 #   dropping leave), ZIP (dominant tokens of visionzip and its other options).
@@ -25,7 +25,7 @@ ensure_env profiling
 
 export OMP_NUM_THREADS=${THREADS:-${OMP_NUM_THREADS:-2}}
 export COLUMNS=${COLUMNS:-140}
-output=${OUTPUT:-docs/results}
+output=${OUTPUT:-runs/benchmark}
 start=${STARTS:-8}
 start=${start%%,*}
 rows=(--crops "${CROPS:-5}" --text "${TEXT:-50}")

@@ -16,6 +16,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
+case " $* " in *" -h "* | *" --help "*) sed -n '/^#SBATCH/q; 2,$s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ $# -ge 2 ] || { echo "usage: sbatch scripts/slurm.sh pretrain|finetune PRESET [overrides]" >&2; exit 2; }
 stage=$1
 shift

@@ -85,8 +85,8 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     add = parser.add_argument
     many = " (default: the paper's six)" if command == "flops" else ""
     add("--preset", help=f"folder under configs/, or several with commas{many}")
-    add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=]")
-    add("--start-layers", help="with commas (default: the paper's, or the preset's)")
+    add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=,reduction=]")
+    add("--start-layers", help="with commas (default: the paper's or the preset's; of a shape the middle)")
     add("--proxy-kind", choices=PROXY_KINDS, help="default: the preset's")
     add("--skip", help=f"also models whose vision tokens skip: {', '.join(SKIPS)}, or both")
     if command == "scaling":
@@ -134,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = _flops(args) if args.command == "flops" else _measure(args)
     report = dataclasses.replace(report, name=args.name or report.name)
     report.settings.update(
-        {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name != "output"  # says nothing of the numbers
+        }
     )
     if args.output is not None:
         report.save(args.output)

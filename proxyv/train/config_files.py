@@ -199,7 +199,8 @@ def describe_settings() -> str:
         assert kind is not MISSING, f"section {section.name} has no default"
         lines.append(f"\n{section.name}: {(kind.__doc__ or '').splitlines()[0]}")
         for item in fields(kind()):
-            default = item.default if item.default is not MISSING else "[...]"
+            made = item.default_factory
+            default = item.default if made is MISSING else made()
             choices = item.metadata["choices"]
             allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
             shown = "null" if default is None else default

@@ -165,7 +165,8 @@ class DataSettings:
 
     annotations: str = option(
         "data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json",
-        "conversations: .json, .jsonl, .parquet, a folder of parquet files, or an id on the hub",
+        "conversations: .json, .jsonl, .parquet, a folder of parquet files, a .yaml mixture, or an "
+        "id on the hub",
     )
     images: str | None = option(
         "data/sharegpt4v", "folder that image paths are relative to; null for parquet with bytes"
