@@ -78,9 +78,6 @@ def test_round_trip_through_a_folder(tmp_path) -> None:
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, ProxyVConfig)
-    assert loaded.to_dict() == {**config.to_dict(), "_name_or_path": loaded.name_or_path} or all(
-        getattr(loaded, name) == getattr(config, name)
-        for name in ("start_layer", "layout", "downsample", "guided_ratio", "side_reduction")
-    )
+    assert loaded.to_dict() == {**config.to_dict(), "_name_or_path": loaded.name_or_path}
     assert type(loaded.text_config) is type(config.text_config)
     assert loaded.text_config.hidden_size == config.text_config.hidden_size

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_training import break_token, make_backbones, make_rows, overrides
+from transformers import TrainerCallback
 
 from proxyv.train import run
 from proxyv.train.config_files import load_settings
@@ -64,6 +65,32 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, capsys):
     assert "id 'text-0'" in said[0] and said[0].count("rows.json") <= 2  # its micro-batch
     weights = load_file(folder / "model.safetensors")
     assert all(value.isfinite().all() for name, value in weights.items() if "embed" not in name)
+
+
+class Copies(TrainerCallback):
+    """What trains, after each step."""
+
+    def __init__(self) -> None:
+        self.after: dict = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.after[state.global_step] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+def test_a_step_that_is_left_out_moves_no_weight(world, tmp_path, monkeypatch):
+    copies, make = Copies(), run.Progress
+    monkeypatch.setattr(run, "Progress", lambda: [make(), copies][1])
+    broken = {"model.language": world / "broken-language", "optim.max_steps": 6}
+    entries = metrics(train(world, tmp_path / "run", **broken))
+    counts = [0, *(entry["skipped_steps"] for entry in entries)]
+    left_out = [step for step in range(2, 7) if counts[step] > counts[step - 1]]
+    assert left_out  # momentum exists only from the second step on
+    for step in range(2, 7):
+        before, after = copies.after[step - 1], copies.after[step]
+        same = all(torch.equal(before[name], after[name]) for name in after)
+        assert same == (step in left_out), step
 
 
 def test_too_many_of_them_stop_the_run(world, tmp_path):

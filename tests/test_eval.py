@@ -832,6 +832,16 @@ def test_command_runs_every_control(
     assert main([*command, "--tasks", "docvqa", "--control", control]) == 0
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results["settings"]["control"] == control
+    records = read_records(tmp_path / "docvqa.jsonl")
+    shown = [record["image_index"] for record in records]
+    own, hashes = list(range(10)), {record["image_hash"] for record in records}
+    if control == "shuffled-images":  # two rows are of one document
+        pairs = zip(shown, own, strict=True)
+        assert sorted(shown) == own and all(a // 2 != b // 2 for a, b in pairs)
+    elif control == "blank-images":  # named by their three sizes, not by their ten files
+        assert shown == own and len(hashes) == 3
+    else:
+        assert shown == [None] * 10 and hashes == {None}
 
 
 def test_command_reports_bad_samples_in_its_exit_code(
@@ -864,7 +874,8 @@ def test_killed_command_resumes_with_the_same_result(
                 break
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    assert len(read_records(path)) >= 3
+    assert process.returncode == -signal.SIGKILL
+    assert 3 <= path.read_bytes().count(b"\n") < 10  # not before and not after the questions
     assert main([*command, "--output", str(parts)]) == 0
     by_index = {record["index"]: record for record in read_records(path)}
     assert by_index == {record["index"]: record for record in read_records(whole / "docvqa.jsonl")}

@@ -26,8 +26,8 @@ from tests.small_world import (
 )
 
 SIDE = CROP_PX // PATCH_PX
-FASTV = {"method": "fastv", "layer": 1, "ratio": 0.5}
-INSIDE = {"method": "pyramiddrop", "layers": [1, 2], "ratios": [0.75, 0.5]}
+FASTV = {"method": "fastv", "layer": 1, "ratio": 0.75}
+INSIDE = {"method": "pyramiddrop", "layers": [1, 2], "ratios": [0.75, 0.25]}
 PRUMERGE = {"method": "prumerge"}
 
 
@@ -61,7 +61,7 @@ def load(folder: Path) -> Answerer:
 def test_patches_that_a_drop_in_the_decoder_leaves(name, folders: dict[str, Path]) -> None:
     kept = kept_patches(load(folders[name]), "What?", [picture()])
     assert kept is not None and kept.shape == (3, SIDE, SIDE)
-    assert int(kept.sum()) == 3 * SIDE**2 // 2
+    assert int(kept.sum()) == 3 * SIDE**2 // 4  # another number than is dropped
 
 
 def test_a_model_that_drops_nothing_has_no_picture_of_it(folders: dict[str, Path]) -> None:

@@ -44,13 +44,17 @@ def assert_rows_match(logits, expected, limit=CLOSE) -> None:
 rows = st.lists(
     st.one_of(st.integers(1, 4), st.integers(1, 3).map(str)), min_size=1, max_size=4
 ).filter(lambda parts: any(isinstance(part, int) for part in parts))
+batches = st.lists(rows, min_size=1, max_size=4).filter(
+    lambda batch: any(isinstance(part, str) for row in batch for part in row)
+)
 options = st.fixed_dictionaries(
     {
         "family": st.sampled_from(sorted(TEXT)),
-        "depth": st.integers(1, 4),
-        "start": st.integers(-1, 3),  # of the depth; -1 for the baseline
+        # Most draws have a ProxyV layer that updates: hypothesis favours what comes first.
+        "depth": st.integers(2, 4),
+        "start": st.sampled_from([1, 0, 1, 0, 2, -1]),  # of the depth; -1 for the baseline
         "side_and_reduction": st.sampled_from(
-            [(4, 1), (4, 2), (4, 4), (3, 1), (3, 3), (6, 2), (6, 3), (6, 6)]
+            [(4, 2), (6, 3), (4, 1), (4, 4), (3, 1), (3, 3), (6, 2), (6, 6)]
         ),
         # The last two are numbers of learned proxies.
         "kind": st.sampled_from(["bilinear", "average", "block", 1, 3]),
@@ -107,7 +111,7 @@ def check_batch_against_oracle(batch, side, chosen) -> None:
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.lists(rows, min_size=1, max_size=3), st.sampled_from(["left", "right"]), options)
+@given(batches, st.sampled_from(["left", "right"]), options)
 @example(
     [[2, "3", 1], ["2", 3]],
     "left",
@@ -124,7 +128,7 @@ def test_a_padded_batch_equals_the_oracle_sample_by_sample(batch, side, chosen) 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @settings(max_examples=250, deadline=None, derandomize=True)
-@given(st.lists(rows, min_size=1, max_size=4), st.sampled_from(["left", "right"]), options)
+@given(batches, st.sampled_from(["left", "right"]), options)
 def test_many_padded_batches_equal_the_oracle(batch, side, chosen) -> None:
     check_batch_against_oracle(batch, side, chosen)
 
@@ -577,28 +581,18 @@ def test_from_backbones(backbones) -> None:
         build(vision, language, config_overrides={"start_layer": 9})
 
 
-def test_bfloat16_stays_near_float32(generator) -> None:
-    model = tiny_model(start_layer=1, spread=0.05)
-    inputs = collate([sample([2, "2", 3], model.config, generator)], "left")
-    with torch.no_grad():
-        exact = model(**inputs).logits
-        half = model.to(torch.bfloat16)(**inputs).logits
-    assert half.dtype == torch.bfloat16
-    rows = [0, 1, 18, 35, 36, 37, 38]
-    assert float((half.float() - exact)[:, rows].abs().max()) < 2e-2
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_autocast_trains_float32_weights_in_bfloat16(attention, generator) -> None:
     model = tiny_model(start_layer=1, spread=0.05, attention=attention).train()
     samples = [sample(parts, model.config, generator) for parts in ([2, "2", 3], [3, "1", 4], [5])]
     inputs = collate(samples)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
-    exact = model(**inputs, labels=labels).loss
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN)
+    exact = model(**inputs).logits[text].detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**inputs, labels=labels).loss
-    assert abs(float(loss) - float(exact)) < 2e-2
-    loss.backward()
+        outputs = model(**inputs, labels=labels)
+    assert float((outputs.logits[text].detach().float() - exact).abs().max()) < 2e-2
+    outputs.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 

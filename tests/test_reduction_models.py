@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from test_inputs import media_batch, media_sample
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
 
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration
@@ -226,6 +227,73 @@ def test_a_reduced_prompt_read_once_serves_several_continuations(method) -> None
             past_key_values=cache,
         ).logits
         torch.testing.assert_close(logits[number], alone[0], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_shares_of_tokens_that_stay_stay_theirs(generator) -> None:
+    """Between the first two ProxyV layers rows leave; each row left keeps its own splat row."""
+    model = reduced("fastv", "learned")
+    seen: list = []
+    for layer in model.model.language_model.layers[1:3]:
+        layer.guided_update.register_forward_hook(lambda _, args, out: seen.append((args, out)))
+    model(**collate([sample([3, "3", 4], model.config, generator)]))
+    ((_, _, _, _, (shares,)), left), ((full, _, _, _, (kept,)), _) = seen
+    same = (full[0][:, None] == left[0]).all(-1)  # (F', F) which row each one was
+    real = same.any(-1)  # what only pads is none
+    assert int(real.sum()) == int(0.4 * 48)
+    own = shares.flatten(1, 2)[0][same[real].int().argmax(-1)]
+    assert torch.equal(kept.flatten(1, 2)[0][real], own)
+
+
+@torch.no_grad()
+def test_proxies_begin_where_their_image_begins_once_rows_have_left(generator) -> None:
+    """PyramidDrop counts positions anew, so those of the second image's proxies move too."""
+    model = reduced("pyramiddrop", "learned")
+    streams: list = []
+    for layer in model.model.language_model.layers[1:]:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: streams.append(kwargs["streams"]), with_kwargs=True
+        )
+    model(**collate([sample([3, "1", 2, "1", 4], model.config, generator)]))
+    firsts = []
+    for each in streams[:2]:  # three proxies and so many full rows of each crop
+        (group,) = each.layout.groups
+        proxy, full = each.rope_main[1][0, 3], each.rope_full[1][0, group.crop_tokens]
+        assert torch.equal(proxy, full)
+        firsts.append(full)
+    assert not torch.equal(*firsts)
+
+
+@pytest.mark.parametrize("arm", ["baseline", "learned", "learned late"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+@torch.no_grad()
+def test_videos_beside_pictures_lose_rows_as_alone(method, arm, generator) -> None:
+    model = reduced(method, arm)
+    parts = ([2, "v3", 3], [1, "2", "v2", 4], [5], ["v2", 1, "1", 6])
+    rows = [media_sample(row, model.config, generator) for row in parts]
+    for side in ("left", "right"):
+        batch = media_batch(rows, side)
+        logits = model(**batch).logits
+        for row, one in enumerate(rows):
+            alone = model(**media_batch([one], side)).logits[0]
+            text = one[0] != IMAGE_TOKEN
+            mine = logits[row][batch["attention_mask"][row].bool()]
+            torch.testing.assert_close(mine[text], alone[text], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+@torch.no_grad()
+def test_in_training_the_rows_before_answers_judge(method, generator) -> None:
+    model = reduced(method, "baseline")
+    batch = collate([sample([3, "2", 12], model.config, generator)])
+    labels, judges = torch.full_like(batch["input_ids"], -100), torch.zeros(1, 49, dtype=torch.bool)
+    for start in (41, 46):  # two answers of two tokens
+        labels[0, start : start + 2] = batch["input_ids"][0, start : start + 2]
+        judges[0, start - 1] = True
+    given = model(**batch, labels=labels, judges=judges).logits[0, -12:]
+    last = model(**batch, judges=torch.arange(49)[None] == 48).logits[0, -12:]
+    own = model(**batch, labels=labels).logits[0, -12:]
+    assert torch.equal(own, given) and not torch.allclose(own, last, atol=1e-3)
 
 
 @pytest.mark.parametrize(("method", "arm"), CASES + SKIPPING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ from proxyv.reproduce.results import (
 )
 from proxyv.train.config_files import settings_yaml
 
+find_plan = functools.cache(find_plan)  # reads the preset once for all result files
 QUESTIONS = 400
 TASKS = ("docvqa", "chartqa", "infovqa", "textvqa", "ocrbench", "refcoco_testA", "ccpdf")
 MEASURES = {task: BENCHMARKS[task].main_score for task in TASKS} | {

@@ -66,8 +66,9 @@ def metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory) -> Path:
-    os.chdir(ROOT)
-    return run.train(settings_for(world, tmp_path_factory.mktemp("runs") / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run.train(settings_for(world, tmp_path_factory.mktemp("runs") / "whole"))
 
 
 def check_same(folder: Path, whole: Path) -> None:

@@ -53,6 +53,18 @@ def test_grouped_order(shape, epoch):
         assert all(a >= b for a, b in pairwise(lengths[start : start + size]))
 
 
+def test_grouped_passes_and_seeds_differ():
+    lengths, has_image = np.arange(80) % 7 + 1, np.arange(80) % 3 > 0
+    orders = [
+        GroupedSampler(lengths, has_image, 2, 2, seed=seed).order(epoch)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    rounds = [
+        {frozenset(order[at : at + 4].tolist()) for at in range(0, 80, 4)} for order in orders
+    ]
+    assert all(rounds[0] != other for other in rounds[1:])  # not the same company in another order
+
+
 def test_passes_and_seeds_differ_and_cover_every_row():
     sampler = RowSampler(50, seed=3)
     first = list(sampler)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Oracle, image_features, rms_norm, sees
+from test_families import TEXT
 from tiny_models import IMAGE_TOKEN, collate, sample, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -24,14 +25,6 @@ from proxyv.model.stage1 import load_stage1, save_stage1
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 SKIPS = ("atn", "atn_ffn")
-TEXT = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                 "partial_rotary_factor": 0.5}},
-    "qwen2": {},
-    "qwen3": {"head_dim": 12},
-}  # fmt: skip
 
 
 class SkippingOracle(Oracle):
@@ -75,10 +68,6 @@ def expected_logits(model, ids, images) -> Tensor:
     weights, tower = dict(model.named_parameters()), model.model.vision_tower
     features = [image_features(weights, tower, model.config, image) for image in images]
     return SkippingOracle(weights, model.config)(ids.tolist(), features)[0]
-
-
-def test_every_family_has_a_case() -> None:
-    assert TEXT.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

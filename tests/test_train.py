@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_training import break_token, make_backbones, make_rows, overrides
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 
 from proxyv.cli import run_command
 from proxyv.data.images import DataError
@@ -23,8 +23,14 @@ from proxyv.train import run
 from proxyv.train.__main__ import main
 from proxyv.train.build import build, resolve, starting_folder
 from proxyv.train.config_files import load_settings
-from proxyv.train.settings import Settings
-from proxyv.train.stages import STAGES, apply_stage, count_parts, parameter_groups
+from proxyv.train.settings import OptimSettings, Settings
+from proxyv.train.stages import (
+    STAGES,
+    apply_stage,
+    count_parts,
+    learning_rates,
+    parameter_groups,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -216,6 +222,52 @@ def test_every_part_has_its_own_learning_rate_in_the_log(world, monkeypatch, tmp
     assert [entry["learning_rate"] for entry in entries] == pytest.approx([2e-3, 1e-3])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "falling"),
+    [("cosine", [1, 0.75, 0.25]), ("linear", [1, 2 / 3, 1 / 3]), ("constant", [1, 1, 1])],
+)
+def test_the_rate_rises_in_the_warmup_and_falls_as_the_schedule_says(
+    world, monkeypatch, tmp_path, schedule, falling
+):
+    more = {
+        "run.output_dir": tmp_path, "deepspeed.config": "null", "model.dtype": "float32",
+        "optim.max_steps": 5, "optim.warmup_ratio": 0.4, "optim.proxyv_lr": 2e-3,
+        "optim.schedule": schedule,
+    }  # fmt: skip
+    entries = metrics(in_process(monkeypatch, settings_for(world, **more)))
+    assert [entry["lr_proxyv"] / 2e-3 for entry in entries] == pytest.approx([0, 0.5, *falling])
+
+
+class Watch(TrainerCallback):
+    """What the optimiser is, and the norm of the gradients that it gets."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+        grads = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        self.norm, self.group = float(torch.stack(grads).norm()), optimizer.param_groups[0]
+
+
+def test_the_optimiser_is_what_the_settings_say(world, monkeypatch, tmp_path):
+    more = {
+        "run.output_dir": tmp_path, "deepspeed.config": "null", "model.dtype": "float32",
+        "optim.max_steps": 1, "optim.warmup_ratio": 0, "optim.beta1": 0.8, "optim.beta2": 0.95,
+        "optim.epsilon": 1e-6, "optim.max_grad_norm": 0.01,
+    }  # fmt: skip
+    watch, make = Watch(), run.Progress
+    monkeypatch.setattr(run, "Progress", lambda: [make(), watch][1])
+    folder = in_process(monkeypatch, settings_for(world, **more))
+    assert (watch.group["betas"], watch.group["eps"]) == ((0.8, 0.95), 1e-6)
+    assert watch.norm == pytest.approx(0.01, rel=1e-3) and metrics(folder)[0]["grad_norm"] > 0.02
+
+
+def test_rates_of_the_parts():
+    optim = OptimSettings(lr=1.0, projector_lr=2.0, proxyv_lr=3.0, language_lr=4.0)
+    assert learning_rates(optim) == {
+        "vision_tower": 1.0, "projector": 2.0, "newline": 2.0, "proxyv": 3.0,
+        "language_model": 4.0, "lm_head": 4.0,
+    }  # fmt: skip
+    assert set(learning_rates(OptimSettings(lr=1.0)).values()) == {1.0}
+
+
 def test_a_set_of_which_no_row_can_be_used_is_refused(world, monkeypatch, tmp_path):
     record = {"id": "a", "image": "images/gone.png", "conversations": SAID}
     more = {"data.on_failure": "skip", "deepspeed.config": "null"}
@@ -390,7 +442,7 @@ def test_a_bad_row_is_one_line_and_an_exit_code(world, tmp_path):
         (["--config", "configs/gone.yaml"], "no config file configs/gone.yaml"),
         (
             ["--config", "configs/tiny/pretrain.yaml", "--dry-run", "model.vision=data/nowhere"],
-            f"model.vision: no folder 'data/nowhere' (in {os.getcwd()})",
+            f"model.vision: no folder 'data/nowhere' (in {ROOT})",
         ),
     ],
 )

@@ -85,8 +85,14 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     add = parser.add_argument
     many = " (default: the paper's six)" if command == "flops" else ""
     add("--preset", help=f"folder under configs/, or several with commas{many}")
-    add("--shape", help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=,reduction=]")
-    add("--start-layers", help="with commas (default: the paper's or the preset's; of a shape the middle)")
+    add(
+        "--shape",
+        help="layers=16,width=1024,heads=16,ffn=2752[,key_heads=,vocab=,family=,side=,reduction=]",
+    )
+    add(
+        "--start-layers",
+        help="with commas (default: the paper's or the preset's; of a shape the middle)",
+    )
     add("--proxy-kind", choices=PROXY_KINDS, help="default: the preset's")
     add("--skip", help=f"also models whose vision tokens skip: {', '.join(SKIPS)}, or both")
     if command == "scaling":
