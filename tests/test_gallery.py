@@ -72,7 +72,7 @@ def test_patches_that_a_drop_in_the_tower_leaves(folders: dict[str, Path]) -> No
     answerer = load(folders["prumerge"])
     kept = kept_patches(answerer, "What?", [picture()])
     model = answerer.model.model
-    pixels = answerer.prepare(["What?"], [[picture()]])["pixel_values"][0]
+    pixels = answerer.prepare(["What?"], [[picture()]]).rows["pixel_values"][0]
     with torch.no_grad():
         states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
         layer = model.config.vision_feature_layer

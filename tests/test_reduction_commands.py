@@ -127,7 +127,7 @@ def test_a_calibrated_scheme_is_a_reduction_and_saves_what_was_asked(tmp_path, c
     shares = []
     for index in range(3):
         question = "What colour is it?" + " And why?" * index
-        read = answerer.prepare([question], [[Image.open(tmp_path / f"{index}.png")]])
+        read = answerer.prepare([question], [[Image.open(tmp_path / f"{index}.png")]]).rows
         crops = int(read["num_crops"][0])
         words = read["input_ids"].shape[1] - crops * 17
         row = RowTokens(crops=crops, text=words)

@@ -102,7 +102,7 @@ def compared(place: Path, entries: dict[str, tuple[Path, str]]) -> dict[str, Any
     original = Answerer.generate
 
     def noted(self: Answerer, prepared: Any, most: int) -> list[str]:
-        batches.append(prepared)
+        batches.append(prepared.rows)
         return original(self, prepared, most)
 
     words = [f"base={place / 'base'}"]

@@ -99,7 +99,7 @@ def test_a_ratio_that_was_scored_is_not_asked_again(
     def counted(self: Answerer, prepared: Any, most: int) -> list[str]:
         layers = self.model.model.language_model.layers
         hooks = [len(layer._forward_pre_hooks) for layer in layers]
-        asked.append((len(prepared["input_ids"]), hooks))
+        asked.append((len(prepared), hooks))
         return original(self, prepared, most)
 
     monkeypatch.setattr(Answerer, "generate", counted)

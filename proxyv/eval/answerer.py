@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, TEMPLATES, Renderer
+from proxyv.eval.decoding import Prompts, answer_ids, pad_left
 from proxyv.eval.hub import hub_reachable
 from proxyv.model.released import is_release
 from proxyv.model.stock import read_stock, suggested_template
@@ -141,19 +142,30 @@ class Answerer:
         lengths = [self.processor.num_image_tokens(size_hw) for size_hw in sizes_hw]
         return len(self.renderer.prompt([user_message(question, len(sizes_hw))], lengths))
 
-    def prepare(
-        self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]
-    ) -> dict[str, torch.Tensor]:
-        """The batch of questions, each about its own images (none for text alone)."""
+    @property
+    def shares(self) -> bool:
+        """Whether prompts about the same images can share what they begin with.
+
+        Token reduction may choose image tokens by the question, so with it they do not.
+        """
+        ours = isinstance(self.model, ProxyVForConditionalGeneration)
+        return ours and self.model.config.reduction is None
+
+    def shared_length(self, sizes_hw: Sequence[tuple[int, int]]) -> int:
+        """Input tokens of such images that prompts about them share; 0 where nothing is shared."""
+        return sum(map(self.processor.num_image_tokens, sizes_hw)) if self.shares else 0
+
+    def prepare(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
+        """The batch of questions, each about its own images (none for text): see `prompts`."""
         conversations = [
             [user_message(question, len(own))]
             for question, own in zip(questions, images, strict=True)
         ]
-        return self.inputs(conversations, images)
+        return self.prompts(conversations, images)
 
     def reply(
         self,
-        conversations: Sequence[Iterable[Mapping[str, str]]],
+        conversations: Sequence[Sequence[Mapping[str, str]]],
         images: Sequence[Sequence[Image.Image]],
         max_new_tokens: int,
     ) -> list[str]:
@@ -167,27 +179,26 @@ class Answerer:
         Returns:
             One text for each conversation, without special tokens and outer white space.
         """
-        return self.generate(self.inputs(conversations, images), max_new_tokens)
+        return self.generate(self.prompts(conversations, images), max_new_tokens)
 
-    @torch.inference_mode()
-    def generate(self, prepared: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-        """Answer a batch that `prepare` or `inputs` has made, greedily."""
-        kind = self.model.dtype
-        inputs = {
-            name: tensor.to(self.device, kind if tensor.is_floating_point() else None)
-            for name, tensor in prepared.items()
-        }
-        generated = self.model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self._end_token_ids(),
-            pad_token_id=self._pad_token_id(),
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> list[str]:
+        """Answer a batch that `prepare` has made, greedily."""
+        ids = answer_ids(
+            self.model, prompts, max_new_tokens, self._end_token_ids(), self._pad_token_id()
         )
-        new = generated[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def prompts(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        images: Sequence[Sequence[Image.Image]],
+    ) -> Prompts:
+        """The batch of conversations, the next message of each of which is to be written.
+
+        Of those that show the very same picture objects, what they begin with is read once.
+        """
+        return self._shared(conversations, images) or Prompts(self.inputs(conversations, images))
 
     def inputs(
         self,
@@ -195,19 +206,44 @@ class Answerer:
         images: Sequence[Sequence[Image.Image]],
     ) -> dict[str, torch.Tensor]:
         """Build the left-padded batch, on the CPU; text alone brings no pixels."""
+        pixels, lengths = self._pixels(images)
+        rows = list(map(self.renderer.prompt, conversations, lengths))
+        return pad_left(rows, self._pad_token_id()) | pixels
+
+    def _pixels(
+        self, images: Sequence[Sequence[Image.Image]]
+    ) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """What the model is given of the rows' images, and how many tokens each image takes."""
         flat = [image for own in images for image in own]
         pixels: dict[str, torch.Tensor] = self.processor.image_inputs(flat) if flat else {}
         lengths = iter(self.processor.token_counts(pixels) if flat else [])
-        rows = [
-            self.renderer.prompt(conversation, [next(lengths) for _ in own])
-            for conversation, own in zip(conversations, images, strict=True)
-        ]
-        longest = max(map(len, rows))
-        pad = self._pad_token_id()
-        input_ids = [[pad] * (longest - len(row)) + row for row in rows]
-        attention = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        batch = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(attention)}
-        return batch | pixels
+        return pixels, [[next(lengths) for _ in own] for own in images]
+
+    def _shared(
+        self,
+        conversations: Sequence[Iterable[Mapping[str, str]]],
+        images: Sequence[Sequence[Image.Image]],
+    ) -> Prompts | None:
+        """The batch with openings; None where rows have none, or not one for each set of images."""
+        sets: dict[tuple[int, ...], int] = {}
+        owners = [sets.setdefault(tuple(map(id, own)), len(sets)) for own in images]
+        if not self.shares or len(sets) == len(images) or () in sets:
+            return None
+        pixels, lengths = self._pixels(
+            [images[owners.index(number)] for number in range(len(sets))]
+        )
+        openings: dict[int, list[int]] = {}
+        rests = []
+        for conversation, owner in zip(conversations, owners, strict=True):
+            row = self.renderer.prompt(conversation, lengths[owner])
+            cut = len(row) - row[::-1].index(self.model.config.image_token_index)
+            if openings.setdefault(owner, row[:cut]) != row[:cut]:
+                return None  # text between its images
+            rests.append(row[cut:])
+        opened = pad_left([openings[number] for number in range(len(sets))], self._pad_token_id())
+        rest, order = pad_left(rests, self._pad_token_id()), torch.tensor(owners)
+        rows = {name: torch.cat([opened[name][order], rest[name]], dim=1) for name in rest}
+        return Prompts(rows, opened | pixels, order)
 
     def _pad_token_id(self) -> int:
         pad = self.processor.tokenizer.pad_token_id

@@ -100,11 +100,17 @@ class Asker:
                 yield records
 
     def _load(self, batch: Sequence[Item]) -> Loaded:
-        """Read the images of a batch; an item whose image is bad fails alone."""
+        """Read the images of a batch, equal ones once; an item whose image is bad fails alone."""
         items, images, failures = [], [], []
+        known: dict[str, list[Image.Image]] = {}
         for item in batch:
             try:
-                images.append(item_images(self.benchmark, self.rows, item))
+                own = known.get(item.image_hash or "")
+                if own is None:
+                    own = item_images(self.benchmark, self.rows, item)
+                if item.image_hash is not None:
+                    known[item.image_hash] = own
+                images.append(own)
                 items.append(item)
             except ValueError as error:
                 failures.append((item, error))

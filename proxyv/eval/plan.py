@@ -24,10 +24,14 @@ class Answering(Protocol):
     def length(self, question: str, sizes_hw: Sequence[tuple[int, int]]) -> int:
         """Number of input tokens of a question about images of these sizes."""
 
+    def shared_length(self, sizes_hw: Sequence[tuple[int, int]]) -> int:
+        """How many of them are read once for all questions about the same images."""
+
     def prepare(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
         """What `generate` reads of a batch of questions, each about its own images.
 
-        Other threads call it while the model answers.
+        Questions about the same images come with the very same picture objects. Other threads
+        call it while the model answers.
         """
 
     def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
@@ -46,6 +50,7 @@ class Item:
         blank: whether grey images of these sizes are shown instead.
         length: input tokens, for sorting.
         image_hash: names those images, see `make_record`; None for no image.
+        shared: how many of the tokens are read once for all questions about those images.
     """
 
     index: int
@@ -55,6 +60,12 @@ class Item:
     blank: bool
     length: int
     image_hash: str | None = None
+    shared: int = 0
+
+    @property
+    def own(self) -> int:
+        """Input tokens that are read for this question alone."""
+        return self.length - self.shared
 
 
 def make_record(
@@ -156,7 +167,8 @@ def make_items(
         if image_index is not None:
             seen = map(str, sizes_hw) if blank else hashes[image_index]
             shown_hash = hashlib.sha256(" ".join(seen).encode()).hexdigest()[:16]
-        items.append(Item(index, sample, image_index, sizes_hw, blank, length, shown_hash))
+        shared = answering.shared_length(sizes_hw)
+        items.append(Item(index, sample, image_index, sizes_hw, blank, length, shown_hash, shared))
     return items, failures
 
 
@@ -165,24 +177,39 @@ def make_batches(
 ) -> list[list[Item]]:
     """Cut the items into batches of similar length, the longest first.
 
-    The order depends on nothing but the items, so that a resumed run has the same batches. What
-    does not fit in memory fails in the first batch, not in the last.
+    Items that share what they read of their images stand together. The order depends on nothing
+    but the items, so that a resumed run has the same batches. What does not fit in memory fails in
+    the first batch, not in the last.
 
     Args:
         items: the questions.
         batch_size: most questions in a batch.
-        most_tokens: most input tokens in a batch, padding included; a longer question is alone.
+        most_tokens: most input tokens that are read in a batch, padding included; a longer
+            question is alone.
     """
-    ordered = sorted(items, key=lambda item: (-item.length, item.index))
+    groups: dict[str | int, list[Item]] = {}
+    for item in sorted(items, key=lambda item: (-item.length, item.index)):
+        alone = item.shared == 0 or item.image_hash is None
+        groups.setdefault(item.index if alone else str(item.image_hash), []).append(item)
     batches: list[list[Item]] = []
-    for item in ordered:
-        last = batches[-1] if batches else []
-        full = len(last) in (0, batch_size)
-        if full or (most_tokens is not None and (len(last) + 1) * last[0].length > most_tokens):
+    for item in (item for group in groups.values() for item in group):
+        last = [*batches[-1], item] if batches else []
+        if not last or len(last) > batch_size or (
+            most_tokens is not None and _tokens_read(last) > most_tokens
+        ):  # fmt: skip
             batches.append([item])
         else:
-            last.append(item)
+            batches[-1].append(item)
     return batches
+
+
+def _tokens_read(batch: Sequence[Item]) -> int:
+    """Input tokens that are read for a batch, padding included; of shared ones, once a set."""
+    shown = {item.image_hash for item in batch}
+    if len(shown) == len(batch) or not all(item.shared for item in batch):
+        return len(batch) * max(item.length for item in batch)
+    shared, own = max(item.shared for item in batch), max(item.own for item in batch)
+    return len(shown) * shared + len(batch) * own
 
 
 def item_images(benchmark: Benchmark, rows: Rows, item: Item) -> list[Image.Image]:

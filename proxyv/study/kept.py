@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from proxyv.eval.answerer import Answerer
+from proxyv.eval.answerer import Answerer, user_message
 from proxyv.reduction.base import DecoderReduction, TowerReduction
 from proxyv.reduction.tower import tower_states
 
@@ -36,7 +36,7 @@ def kept_patches(answerer: Answerer, question: str, images: Sequence[Image.Image
     """
     model = answerer.model
     side, method = model.config.side, model.config.reduction_method
-    inputs = answerer.prepare([question], [list(images)])
+    inputs = answerer.inputs([[user_message(question, len(images))]], [images])
     pixels = inputs["pixel_values"].to(model.device, model.dtype)
     crops = int(inputs["num_crops"][0])
     if isinstance(method, TowerReduction) and not method.keeps_grid:
