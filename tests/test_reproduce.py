@@ -388,7 +388,7 @@ def test_shipped_presets_are_complete() -> None:
         assert [job.name for job in plan.jobs()][:2] == ["baseline-seed1", "proxyv-early-seed1"]
         assert {arm.tier for arm in plan.arms.values()} == {1, 2, 3}
         for job in plan.jobs():
-            if job.arm.checkpoint is None and job.seed == plan.seeds[0]:
+            if job.arm.checkpoint is None:
                 settings = plan.stage(job, "finetune", Path("runs"))
                 long = job.arm.name.endswith("-long")
                 of = "baseline" if job.arm.name.endswith("-trained") else job.arm.name
@@ -462,6 +462,8 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("seeds: [1, 2]", "seeds: [1]\nmeasures: {ccpdf: doc_bleu}", "tasks does not ask"),
         ("seeds: [1, 2]", "seeds: [1]\ncurve: 0,1\nmeasures: {docvqa: x}", "redundancy curve"),
         ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
+        ("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: [2, 3]", "later_seeds has seeds [3]"),
+        ("pretrained: baseline", "pretrained: baseline\n    seeds: [4]", "seeds [4], of [1, 2]"),
         ("pretrained: baseline", "pretrained: proxyv-early", "the same model settings"),
         ("pretrained: baseline", "pretrained: fastv", "which must train it itself"),
         (
@@ -493,6 +495,12 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
     assert [job.name for job in choose(plan, [1], ["fastv"], None)] == ["fastv-seed1"]
     assert [job.name for job in choose(plan, [1], None, [2])] == [
         *("baseline-seed2", "proxyv-early-seed2")
+    ]
+    text = PLAN.format(folder=tmp_path).replace("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: [2]")
+    (tmp_path / "mini.yaml").write_text(text.replace("FastV,", "FastV, seeds: [1],"))
+    assert [job.name for job in choose(read_plan(tmp_path / "mini.yaml"), [1, 2], None, None)] == [
+        *("baseline-seed1", "proxyv-early-seed1", "baseline-seed2", "proxyv-early-seed2"),
+        *("fastv-seed1", "prumerge-seed2", "blind-seed2"),
     ]
     with pytest.raises(ValueError, match=r"'fast'.*'fastv'"):
         choose(plan, [1], ["fast"], None)

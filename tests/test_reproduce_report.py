@@ -104,7 +104,7 @@ def plan() -> Plan:
 
 
 def put(folder: Path, plan: Plan, found: dict[str, Any]) -> None:
-    job = next(j for j in plan.jobs() if (j.arm.name, j.seed) == (found["arm"], found["seed"]))
+    job = Job(plan.arms[found["arm"]], found["seed"])
     write_json(result_file(folder / plan.name, job), found)
 
 
@@ -421,11 +421,31 @@ def test_what_does_not_change_a_result_may_differ(tmp_path: Path, plan: Plan) ->
         ("settings.finetune.data.images", "/other/tiny/world"),
         ("settings.finetune.model.init_from", "/other/tiny/proxyv-early-seed1/pretrain"),
         ("settings.finetune.run.save_steps", 7),
-        ("settings.finetune.model.dtype", "bfloat16"),
         ("settings.evaluation.batch_size", 1),
     ):
         rewrite(tmp_path, "proxyv-early-seed1", changed(key, value))
     assert "ProxyV-L3" in report(tmp_path)
+
+
+def test_arms_of_a_seed_are_trained_in_one_type(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are compared seed by seed; what the machine decided may differ between seeds."""
+    fill(tmp_path, plan, 0.0, (1, 2))
+    for name in ("baseline-seed1", "proxyv-early-seed1", "shuffled-images-seed1"):
+        rewrite(tmp_path, name, changed("settings.finetune.model.dtype", "float64"))
+    text = report(tmp_path)
+    assert cells(text, "[tiny/baseline-seed1.json]")[3] == "float64"
+    assert cells(text, "[tiny/baseline-seed2.json]")[3] == "auto"
+    places = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert run_command(main, ["run", *places, "--arms", "proxyv-late", "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "seed 1: this machine trains in" in error and "was trained in float64" in error
+    assert not (tmp_path / "runs" / "tiny").exists()
+    rewrite(tmp_path, "baseline-seed1", changed("settings.finetune.model.dtype", "float32"))
+    output = ["--output", str(tmp_path / "report.md")]
+    assert run_command(main, ["report", "--presets", "tiny", *places[:2], *output]) == 2
+    assert "baseline-seed1.json trains in float32" in capsys.readouterr().err
 
 
 def test_a_curve_of_another_baseline_is_refused(

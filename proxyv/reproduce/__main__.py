@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxyv.cli import CommandError, message_console, run_command, table_console
-from proxyv.reproduce.plan import ROOT, TIERS, Job, Plan, choose, find_plan, presets
+from proxyv.reproduce.plan import ROOT, STAGES, TIERS, Job, Plan, choose, find_plan, presets
 from proxyv.reproduce.progress import Progress, job_states, state_table
 
 __all__ = ["main"]
@@ -95,12 +95,24 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     Runs beside this one take other jobs: each holds the folder of the model that it works on.
     """
     from proxyv.files import write_json
-    from proxyv.reproduce.results import FAILED, read_result, result_file
+    from proxyv.reproduce.results import (
+        FAILED,
+        check_dtype,
+        read_result,
+        read_results,
+        result_file,
+    )
     from proxyv.reproduce.work import failure, make_world, now, run_curve, run_job
+    from proxyv.train.build import resolve
     from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
 
     console = message_console()
+    known = read_results(plan, results)
+    done = {(result.arm, result.seed) for result in known if result.done}
+    for job in {job.seed: job for job in jobs if (job.arm.name, job.seed) not in done}.values():
+        settings = resolve(plan.stage(plan.trained(job), STAGES[-1], runs))
+        check_dtype(known, job.seed, settings.model.dtype, "this machine")
     progress = Progress(plan, jobs, results, console.print)
     began = now()
     with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it

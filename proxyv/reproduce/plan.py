@@ -54,6 +54,7 @@ class Arm:
         reduction: token-reduction method for that evaluation; None for none.
         control: what that evaluation puts in place of the images; None for nothing.
         paper: the row of the paper's tables that it stands beside, see ``paper.py``.
+        seeds: that it is trained with; None for those of its tier.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Arm:
     reduction: Mapping[str, Any] | None = None
     control: str | None = None
     paper: str | None = None
+    seeds: Sequence[int] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What makes its result what it is, besides what all arms have; for its result file."""
@@ -132,7 +134,7 @@ class Plan:
         went_wrong: for the report, what failed on the way and what was done about it.
         settings: training settings of all arms, by section.
         pretrain_settings: those of stage 1 alone.
-        later_seeds: how many of the seeds tiers 2 and 3, and controls, take.
+        later_seeds: those that tiers 2 and 3, and controls, take; None for the first.
         batch_size: questions at a time.
         answer_tokens: longest answer of some tasks; the others are as long as published.
         cost: ``crops``, ``text`` and ``repeats`` of the prefill and the step that are timed.
@@ -154,7 +156,7 @@ class Plan:
     went_wrong: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     pretrain_settings: Mapping[str, Any] = field(default_factory=dict)
-    later_seeds: int = 1
+    later_seeds: Sequence[int] | None = None
     batch_size: int = 16
     answer_tokens: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, int] = field(default_factory=lambda: {"crops": 5, "text": 50, "repeats": 7})
@@ -172,8 +174,11 @@ class Plan:
 
     def _seeds_of(self, arm: Arm) -> Sequence[int]:
         """All for tier 1, but for a control, which tells of the questions and not of an arm."""
-        few = arm.tier > 1 or arm.control is not None
-        return self.seeds[: self.later_seeds] if few else self.seeds
+        if arm.seeds is not None:
+            return arm.seeds
+        if arm.tier == 1 and arm.control is None:
+            return self.seeds
+        return self.seeds[:1] if self.later_seeds is None else self.later_seeds
 
     def measure(self, task: str) -> str:
         """The score of a task that counts."""
@@ -298,6 +303,12 @@ def _check(path: Path, plan: Plan) -> None:
             raise ValueError(
                 f"{path}: claim {claim.text!r}: {nearest('task', claim.task, plan.tasks)}"
             )
+    named = {"later_seeds": plan.later_seeds} | {
+        f"arm {a.name}": a.seeds for a in plan.arms.values()
+    }
+    for where, seeds in named.items():
+        if unknown := [seed for seed in seeds or () if seed not in plan.seeds]:
+            raise ValueError(f"{path}: {where} has seeds {unknown}, of {[*plan.seeds]}")
     for arm in plan.arms.values():
         try:
             _check_arm(plan, arm)

@@ -351,6 +351,7 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
         "seed": str(result.seed),
         "trained": _commits(content["training"]),
         "commit": short_commit(content["commit"]),
+        "dtype": result.dtype,
         "hardware": content["hardware"]["device"],
         "torch": content["versions"]["torch"],
         "command": f"bash scripts/reproduce.sh {plan.name} {arm}",

@@ -27,6 +27,7 @@ __all__ = [
     "DONE",
     "FAILED",
     "Result",
+    "check_dtype",
     "pack",
     "read_result",
     "read_results",
@@ -72,6 +73,11 @@ class Result:
     def seed(self) -> int:
         """Seed of training."""
         return self.content["seed"]
+
+    @property
+    def dtype(self) -> str:
+        """Type that its model was trained in."""
+        return self.content["settings"]["finetune"]["model"]["dtype"]
 
     @property
     def done(self) -> bool:
@@ -170,7 +176,23 @@ def read_results(plan: Plan, folder: Path) -> list[Result]:
                 f"{theirs}: one of them was trained again; move {result.path.name} and its folder "
                 "of runs away and run that arm again"
             )
+        check_dtype(found, seed, result.dtype, result.path.name)
     return found
+
+
+def check_dtype(results: Iterable[Result], seed: int, dtype: str, who: str) -> None:
+    """Hold that all models of a seed are trained in one type: arms are compared seed by seed.
+
+    Raises:
+        CommandError: another one was trained in another type.
+    """
+    for other in results:
+        if other.done and other.seed == seed and other.dtype != dtype:
+            raise CommandError(
+                f"seed {seed}: {who} trains in {dtype}, {other.path.name} was trained in "
+                f"{other.dtype}: take other --seeds, or write settings: {{model: {{dtype: "
+                f"{other.dtype}}}}} into the preset"
+            )
 
 
 def _read(plan: Plan, path: Path) -> Result:
