@@ -46,7 +46,7 @@ WORLD = "world.json"
 CLOCK = "sessions.json"
 """Sessions that worked in a folder: their commits and seconds, None of one that was killed."""
 
-LONG_ANSWER, LONG_ANSWER_BATCH = 128, 16
+LONG_ANSWER, LONG_ANSWER_BATCH = 48, 16
 
 
 class BriefAnswerer(Answerer):
