@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from tiny_models import collate, sample, tiny_model
 from torch import Tensor
 
 from proxyv.eval.answerer import Answerer
-from proxyv.eval.benchmarks import Sample
+from proxyv.eval.benchmarks import BENCHMARKS, Sample
 from proxyv.eval.decoding import ROUND, Prompts, answer_ids
 from proxyv.eval.plan import Item, make_batches
+from proxyv.eval.records import read_records
+from proxyv.eval.runner import RunOptions, evaluate
+from proxyv.eval.sources import Rows
 
 PAD = 0
+DOCVQA = BENCHMARKS["docvqa"]
 
 
 def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -148,11 +153,6 @@ def test_shared_beginnings_give_the_answers_of_each_prompt_alone(name: str, tmp_
     width = prompts.openings["input_ids"].shape[1]
     rest = prompts.rows["input_ids"].shape[1] - width
     assert passes[:2] == [(2, width), (5, rest)]
-    unshared = answerer.generate(
-        Prompts(answerer.inputs([[{"role": "user", "content": f"<image>\n{QUESTIONS[0]}"}]],
-                                [images[0]])), 40,
-    )  # fmt: skip
-    assert unshared == alone[:1]
 
 
 def test_what_cannot_be_shared_is_read_whole(tmp_path: Path) -> None:
@@ -173,11 +173,111 @@ def test_what_cannot_be_shared_is_read_whole(tmp_path: Path) -> None:
     same = ["a <image> or <image>", "a <image> or <image>, say?"]
     assert shared(same, [[first, second], [first, second]])
     assert answerer.shared_length([(30, 60)]) == 3 * 17
+    plain = Answerer.load(str(tmp_path / "model"), device="cpu", template="plain")
+    prompts = plain.prepare(["a", "b"], [[first], [first]])  # of which the image is all
+    assert prompts.openings is None and prompts.rows["input_ids"].shape == (2, 3 * 17)
+    answerer.model.generation_config.min_new_tokens = 3
+    assert not shared(["a", "b"], [[first], [first]])
     save_small_model(tmp_path / "pruned", start_layer=None)
     options = {"method": "fastv", "layer": 1, "ratio": 0.5}
     answerer = Answerer.load(str(tmp_path / "pruned"), device="cpu", reduction=options)
     assert not shared(["a", "b"], [[first], [first]])
     assert answerer.shared_length([(30, 60)]) == 0
+
+
+@pytest.mark.parametrize("option", [{"min_new_tokens": 9}, {"cache_implementation": "static"}])
+def test_options_that_a_round_would_change_leave_the_batch_whole(
+    option: dict[str, Any], generator: torch.Generator
+) -> None:
+    model = tiny_model()
+    samples = [sample(list(shape), model.config, generator) for shape in SHAPES[:3]]
+    batch = collate(samples, side="left")
+    endless = plain_answers(model, batch, 40, [])
+    ends = sorted({endless[0][2], endless[1][3]})
+    for name, value in option.items():
+        setattr(model.generation_config, name, value)
+    expected = model.generate(
+        **batch, do_sample=False, max_new_tokens=40, eos_token_id=ends, pad_token_id=PAD
+    )[:, batch["input_ids"].shape[1] :].tolist()
+    found = answer_ids(model, Prompts(batch), 40, ends, PAD)
+    assert [row + [PAD] * (len(expected[0]) - len(row)) for row in found] == expected
+
+
+def test_a_cache_is_used_whatever_the_model_was_saved_with(generator: torch.Generator) -> None:
+    model = tiny_model()
+    model.generation_config.use_cache = False
+    batch = collate([sample(list(shape), model.config, generator) for shape in SHAPES], side="left")
+    endless = plain_answers(model, batch, 40, [])
+    passes = counted(model)
+    assert answer_ids(model, Prompts(batch), 40, [], PAD) == endless
+    assert all(rows == 1 for _, rows in passes[1:])
+
+
+# ---- through the runner
+
+
+class Watched(Answerer):
+    """Keeps the batches that were answered; has room for so many rows."""
+
+    room = 99
+    batches: list[Prompts]
+
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> list[str]:
+        if len(prompts) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.batches.append(prompts)
+        return super().generate(prompts, max_new_tokens)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    folder = tmp_path_factory.mktemp("model")
+    save_small_model(folder, image_aspect_ratio="anyres")
+    answerer = Watched.load(str(folder), device="cpu")
+    assert isinstance(answerer, Watched)
+    return answerer
+
+
+def pages() -> Rows:
+    """Three questions about each of four pages of several sizes."""
+    rows = []
+    for index in range(12):
+        encoded = io.BytesIO()
+        shape = ((30, 60), (60, 30), (60, 60), (30, 30))[index // 3]
+        random_image(*shape, seed=index // 3).save(encoded, format="PNG")
+        rows.append(
+            {
+                "questionId": str(index),
+                "question": f"{'Which word? ' * (index % 3)}No {index}",
+                "image": {"bytes": encoded.getvalue(), "path": None},
+                "docId": index // 3,
+                "answers": ["a"],
+            }
+        )
+    return Rows(rows, "memory")
+
+
+@pytest.mark.parametrize("control", [None, "blank-images", "shuffled-images", "question-only"])
+def test_a_benchmark_reads_each_page_once_and_scores_the_same(
+    watched: Watched, tmp_path: Path, control: str | None
+) -> None:
+    found = {}
+    limit = 700
+    for name, size, room in (("alone", 1, 99), ("together", 5, 99), ("cramped", 5, 2)):
+        watched.batches, watched.room = [], room
+        options = RunOptions(size, control=control, batch_tokens=limit)
+        evaluate(DOCVQA, pages(), watched, options, tmp_path / name, lambda _: None)
+        answers = [record["answer"] for record in read_records(tmp_path / name / "docvqa.jsonl")]
+        found[name] = answers
+        shared = [batch for batch in watched.batches if batch.openings is not None]
+        assert bool(shared) == (size > 1 and control != "question-only")
+        for batch in shared:
+            assert batch.openings is not None
+            width = batch.openings["input_ids"].shape[1]
+            rest = batch.rows["input_ids"][:, width:].numel()
+            assert batch.openings["input_ids"].numel() + rest <= limit
+    assert found["together"] == found["alone"] == found["cramped"]
+    assert len(set(found["alone"])) > 4
 
 
 @given(

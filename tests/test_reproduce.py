@@ -23,6 +23,7 @@ from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.images import row_images
 from proxyv.eval.records import read_records
 from proxyv.eval.sources import load_rows
+from proxyv.files import write_json
 from proxyv.model.crops import crop_layout
 from proxyv.model.flops import RowTokens, paper_flops
 from proxyv.profiling.shapes import with_start
@@ -31,6 +32,7 @@ from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, job_states, left_seconds
 from proxyv.reproduce.results import pack, unpack
+from proxyv.reproduce.work import stage_settings
 from proxyv.study.kept import kept_patches
 from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
@@ -375,6 +377,37 @@ def test_a_curve_in_other_hands_is_not_waited_for(
     assert "left to another run: the redundancy curve" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_goes_on_in_the_type_that_it_began_in(
+    dtype: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine multiplies faster; a preset that names a type is followed."""
+    monkeypatch.setattr("proxyv.train.build._multiplies_bfloat16", lambda: dtype == "float32")
+    plan, runs = find_plan("tiny"), Path("runs")
+    job = Job(plan.arms["baseline"], 1)
+    for stage in ("pretrain", "finetune"):
+        assert stage_settings(plan, job, stage, runs, dtype).model.dtype == dtype
+        assert stage_settings(plan, job, stage, runs).model.dtype != dtype
+    named = read_plan(folder / "mini.yaml")
+    first = Job(named.arms["baseline"], 1)
+    assert stage_settings(named, first, "pretrain", runs, "bfloat16").model.dtype == "float32"
+    given = []
+
+    def asked(*args: Any) -> dict[str, Any]:
+        given.append((args[1].name, args[-1]))
+        return {"status": "failed", "error": "not here", "date": "9", "commit": ""} | {
+            "preset": "mini", "arm": args[1].arm.name, "seed": args[1].seed,
+        }  # fmt: skip
+
+    results = tmp_path / "mini"
+    done = {"status": "done", "settings": {"finetune": {"model": {"dtype": dtype}}}}
+    write_json(results / "fastv-seed2.json", done)
+    monkeypatch.setattr("proxyv.reproduce.work.run_job", asked)
+    places = ["--results", str(tmp_path), "--runs", str(folder / "runs")]
+    main(["run", "--preset", str(folder / "mini.yaml"), "--arms", "baseline", *places])
+    assert given == [("baseline-seed1", None), ("baseline-seed2", dtype)]
+
+
 def test_shipped_presets_are_complete() -> None:
     assert presets() == ["smol", "tiny"]
     for name in presets():
@@ -463,7 +496,13 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("seeds: [1, 2]", "seeds: [1]\ncurve: 0,1\nmeasures: {docvqa: x}", "redundancy curve"),
         ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
         ("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: [2, 3]", "later_seeds has seeds [3]"),
-        ("pretrained: baseline", "pretrained: baseline\n    seeds: [4]", "seeds [4], of [1, 2]"),
+        ("pretrained: baseline", "pretrained: baseline, seeds: [4]", "seeds [4], of [1, 2]"),
+        ("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: 1", "later_seeds has seeds 1; write a list"),
+        (
+            "tier: 1, title: baseline",
+            "tier: 1, seeds: [2], title: baseline",
+            "baseline with seeds [1]",
+        ),
         ("pretrained: baseline", "pretrained: proxyv-early", "the same model settings"),
         ("pretrained: baseline", "pretrained: fastv", "which must train it itself"),
         (

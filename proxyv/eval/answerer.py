@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from proxyv import ProxyVConfig, ProxyVForConditionalGeneration, ProxyVProcessor
 from proxyv.cli import CommandError, nearest
 from proxyv.data.templates import IMAGE_MARK, TEMPLATES, Renderer
-from proxyv.eval.decoding import Prompts, answer_ids, pad_left
+from proxyv.eval.decoding import Prompts, answer_ids, can_stop, pad_left
 from proxyv.eval.hub import hub_reachable
 from proxyv.model.released import is_release
 from proxyv.model.stock import read_stock, suggested_template
@@ -146,10 +146,11 @@ class Answerer:
     def shares(self) -> bool:
         """Whether prompts about the same images can share what they begin with.
 
-        Token reduction may choose image tokens by the question, so with it they do not.
+        Token reduction may choose image tokens by the question, so with it they do not; nor can
+        they where the model asks for a cache of a kind whose rows cannot be repeated.
         """
         ours = isinstance(self.model, ProxyVForConditionalGeneration)
-        return ours and self.model.config.reduction is None
+        return ours and self.model.config.reduction is None and can_stop(self.model)
 
     def shared_length(self, sizes_hw: Sequence[tuple[int, int]]) -> int:
         """Input tokens of such images that prompts about them share; 0 where nothing is shared."""
@@ -239,6 +240,8 @@ class Answerer:
             cut = len(row) - row[::-1].index(self.model.config.image_token_index)
             if openings.setdefault(owner, row[:cut]) != row[:cut]:
                 return None  # text between its images
+            if not row[cut:]:
+                return None  # nothing is left to read for the question
             rests.append(row[cut:])
         opened = pad_left([openings[number] for number in range(len(sets))], self._pad_token_id())
         rest, order = pad_left(rests, self._pad_token_id()), torch.tensor(owners)

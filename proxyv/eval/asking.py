@@ -105,12 +105,10 @@ class Asker:
         known: dict[str, list[Image.Image]] = {}
         for item in batch:
             try:
-                own = known.get(item.image_hash or "")
-                if own is None:
-                    own = item_images(self.benchmark, self.rows, item)
-                if item.image_hash is not None:
-                    known[item.image_hash] = own
-                images.append(own)
+                name = item.image_hash or f"row {item.index}"
+                if name not in known:
+                    known[name] = item_images(self.benchmark, self.rows, item)
+                images.append(known[name])
                 items.append(item)
             except ValueError as error:
                 failures.append((item, error))

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-__all__ = ["Prompts", "answer_ids", "pad_left"]
+__all__ = ["Prompts", "answer_ids", "can_stop", "pad_left"]
 
 ROUND = 16
 """Tokens that are written before rows may leave: choosing rows costs about what one step does."""
+
+COUNTED = (
+    "cache_implementation",
+    "min_new_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "max_time",
+)
+"""Options of generation that would begin anew, or hold rows that cannot be chosen."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,12 @@ class _Ended(StoppingCriteria):
         return (2 * ended.sum() >= len(new)).expand(len(new))
 
 
+def can_stop(model: Any) -> bool:
+    """Whether a model's generation can be stopped and go on with some rows as if it had not."""
+    config = model.generation_config
+    return all(getattr(config, name, None) in (None, "dynamic") for name in COUNTED)
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (B, S) of rows of different lengths."""
     longest = max(map(len, rows))
@@ -85,22 +100,24 @@ def answer_ids(
     if prompts.openings is not None:
         opened = model(**_on(model, prompts.openings), use_cache=True, logits_to_keep=1)
         cache = opened.past_key_values
+        del opened  # and the images' features with it
         assert prompts.owners is not None, "openings have rows that begin with them"
         cache.batch_select_indices(prompts.owners.to(model.device))
     answers: list[list[int]] = [[] for _ in range(len(prompts))]
     going = list(range(len(prompts)))
     end_ids = torch.tensor(ends, device=model.device)
-    while going:
+    while True:
         start, written = inputs["input_ids"].shape[1], len(answers[going[0]])
         found = model.generate(
             **inputs,
             past_key_values=cache,
+            use_cache=True,
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens - written,
             eos_token_id=list(ends),
             pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([_Ended(start, end_ids)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(start, end_ids)] * can_stop(model)),
             return_dict_in_generate=True,
         )
         new = found.sequences[:, start:]  # (rows that go on, new tokens)
@@ -108,15 +125,14 @@ def answer_ids(
         lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, new.shape[1])
         for row, ids, length in zip(going, new.tolist(), lengths.tolist(), strict=True):
             answers[row] += ids[:length]
-        if written + new.shape[1] >= max_new_tokens:
-            break
         left = (~is_end.any(dim=1)).nonzero().flatten()  # of this round's rows
         going = [going[place] for place in left.tolist()]
+        if not going or written + new.shape[1] >= max_new_tokens:
+            return answers
         cache = found.past_key_values
         cache.batch_select_indices(left)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new.shape[1]), value=1)
         inputs = {"input_ids": found.sequences[left], "attention_mask": mask[left]}
-    return answers
 
 
 def _on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,8 @@ class Item:
         blank: whether grey images of these sizes are shown instead.
         length: input tokens, for sorting.
         image_hash: names those images, see `make_record`; None for no image.
-        shared: how many of the tokens are read once for all questions about those images.
+        shared: how many of the tokens, those of the images, are read once for all questions about
+            them.
     """
 
     index: int
@@ -64,7 +65,7 @@ class Item:
 
     @property
     def own(self) -> int:
-        """Input tokens that are read for this question alone."""
+        """Input tokens that are not of shared images."""
         return self.length - self.shared
 
 
@@ -177,9 +178,9 @@ def make_batches(
 ) -> list[list[Item]]:
     """Cut the items into batches of similar length, the longest first.
 
-    Items that share what they read of their images stand together. The order depends on nothing
-    but the items, so that a resumed run has the same batches. What does not fit in memory fails in
-    the first batch, not in the last.
+    Items that share what they read of their images stand together, where the longest of them
+    belongs. The order depends on nothing but the items, so that a resumed run has the same batches.
+    What does not fit in memory fails in one of the first batches, not in the last.
 
     Args:
         items: the questions.

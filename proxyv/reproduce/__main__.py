@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxyv.cli import CommandError, message_console, run_command, table_console
-from proxyv.reproduce.plan import ROOT, STAGES, TIERS, Job, Plan, choose, find_plan, presets
+from proxyv.reproduce.plan import ROOT, TIERS, Job, Plan, choose, find_plan, presets
 from proxyv.reproduce.progress import Progress, job_states, state_table
 
 __all__ = ["main"]
@@ -77,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = find_plan(args.preset)
     jobs = choose(plan, _numbers("tiers", args.tiers), _words(args.arms), _seeds(args.seeds))
     if not jobs:
-        raise CommandError(f"--tiers {args.tiers}: no arm; there are tiers {_tiers()}")
+        own = [f"{name} {[*plan.seeds_of(plan.arms[name])]}" for name in _words(args.arms)]
+        raise CommandError(
+            f"--seeds {args.seeds}: the preset runs {', '.join(own)}"
+            if own
+            else f"--tiers {args.tiers}: no arm; there are tiers {_tiers()}"
+        )
     runs, results = args.runs / plan.name, args.results / plan.name
     states = job_states(plan, jobs, results, runs)  # refuses what was made with another preset
     if args.command == "status":
@@ -95,24 +100,12 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
     Runs beside this one take other jobs: each holds the folder of the model that it works on.
     """
     from proxyv.files import write_json
-    from proxyv.reproduce.results import (
-        FAILED,
-        check_dtype,
-        read_result,
-        read_results,
-        result_file,
-    )
+    from proxyv.reproduce.results import FAILED, read_result, result_file, seed_dtype
     from proxyv.reproduce.work import failure, make_world, now, run_curve, run_job
-    from proxyv.train.build import resolve
     from proxyv.train.lock import Busy, only_run
     from proxyv.train.signals import Interrupted
 
     console = message_console()
-    known = read_results(plan, results)
-    done = {(result.arm, result.seed) for result in known if result.done}
-    for job in {job.seed: job for job in jobs if (job.arm.name, job.seed) not in done}.values():
-        settings = resolve(plan.stage(plan.trained(job), STAGES[-1], runs))
-        check_dtype(known, job.seed, settings.model.dtype, "this machine")
     progress = Progress(plan, jobs, results, console.print)
     began = now()
     with only_run(runs, wait_seconds=math.inf):  # one draws the world, the others find it
@@ -125,7 +118,8 @@ def _run(plan: Plan, jobs: Sequence[Job], runs: Path, results: Path) -> int:
             return
         progress.begin(job)
         try:
-            content = run_job(plan, job, runs, world, console.print)
+            dtype = seed_dtype(results, job.seed)
+            content = run_job(plan, job, runs, world, console.print, dtype)
         except Interrupted:
             raise
         except Exception as error:  # whatever an arm fails of, the others are worth running

@@ -54,7 +54,7 @@ class Arm:
         reduction: token-reduction method for that evaluation; None for none.
         control: what that evaluation puts in place of the images; None for nothing.
         paper: the row of the paper's tables that it stands beside, see ``paper.py``.
-        seeds: that it is trained with; None for those of its tier.
+        seeds: that it is run with; None for those of its tier.
     """
 
     name: str
@@ -169,11 +169,14 @@ class Plan:
             for tier in TIERS
             for seed in self.seeds
             for arm in self.arms.values()
-            if arm.tier == tier and seed in self._seeds_of(arm)
+            if arm.tier == tier and seed in self.seeds_of(arm)
         ]
 
-    def _seeds_of(self, arm: Arm) -> Sequence[int]:
-        """All for tier 1, but for a control, which tells of the questions and not of an arm."""
+    def seeds_of(self, arm: Arm) -> Sequence[int]:
+        """The arm's own, else those of its tier: all of them for tier 1.
+
+        A control tells of the questions and not of an arm, so it takes those of later tiers.
+        """
         if arm.seeds is not None:
             return arm.seeds
         if arm.tier == 1 and arm.control is None:
@@ -307,6 +310,8 @@ def _check(path: Path, plan: Plan) -> None:
         f"arm {a.name}": a.seeds for a in plan.arms.values()
     }
     for where, seeds in named.items():
+        if seeds is not None and not isinstance(seeds, list):
+            raise ValueError(f"{path}: {where} has seeds {seeds!r}; write a list, such as [1]")
         if unknown := [seed for seed in seeds or () if seed not in plan.seeds]:
             raise ValueError(f"{path}: {where} has seeds {unknown}, of {[*plan.seeds]}")
     for arm in plan.arms.values():
@@ -347,6 +352,13 @@ def _check_arm(plan: Plan, arm: Arm) -> None:
             raise ValueError(
                 f"it goes on from stage 1 of {first.name}, which must train it itself, with the "
                 "same model settings, or all of them but for a token reduction without weights"
+            )
+    for name in (arm.checkpoint, arm.pretrained):
+        known = plan.seeds_of(plan.arms[name]) if name in plan.arms else plan.seeds
+        if lacking := [seed for seed in plan.seeds_of(arm) if seed not in known]:
+            raise ValueError(
+                f"it needs {name} with seeds {lacking}, which the preset does not run: give it "
+                f"seeds of {[*known]}"
             )
     if arm.checkpoint is not None:
         source = plan.arms.get(arm.checkpoint)

@@ -27,11 +27,11 @@ __all__ = [
     "DONE",
     "FAILED",
     "Result",
-    "check_dtype",
     "pack",
     "read_result",
     "read_results",
     "result_file",
+    "seed_dtype",
     "task_entry",
     "unpack",
 ]
@@ -176,22 +176,34 @@ def read_results(plan: Plan, folder: Path) -> list[Result]:
                 f"{theirs}: one of them was trained again; move {result.path.name} and its folder "
                 "of runs away and run that arm again"
             )
-        check_dtype(found, seed, result.dtype, result.path.name)
+    _check_dtypes([result for result in found if result.done])
     return found
 
 
-def check_dtype(results: Iterable[Result], seed: int, dtype: str, who: str) -> None:
-    """Hold that all models of a seed are trained in one type: arms are compared seed by seed.
+def seed_dtype(folder: Path, seed: int) -> str | None:
+    """Type that the arms of a seed were trained in so far; None where none is done.
 
-    Raises:
-        CommandError: another one was trained in another type.
+    Args:
+        folder: with the result files of the preset.
+        seed: of training.
     """
-    for other in results:
-        if other.done and other.seed == seed and other.dtype != dtype:
+    for path in sorted(folder.glob(f"*-seed{seed}.json")):
+        result = Result(path, read_json(path, "delete it and run the arm again"))
+        if result.content.get("status") == DONE:
+            return result.dtype
+    return None
+
+
+def _check_dtypes(results: Sequence[Result]) -> None:
+    """Hold that the models of a seed were trained in one type, for they are compared."""
+    first: dict[int, Result] = {}
+    for result in results:
+        other = first.setdefault(result.seed, result)
+        if result.dtype != other.dtype:
             raise CommandError(
-                f"seed {seed}: {who} trains in {dtype}, {other.path.name} was trained in "
-                f"{other.dtype}: take other --seeds, or write settings: {{model: {{dtype: "
-                f"{other.dtype}}}}} into the preset"
+                f"{result.path.name} was trained in {result.dtype} and {other.path.name}, of the "
+                f"same seed, in {other.dtype}: move one of them and its folder of runs away and "
+                "run that arm again"
             )
 
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,16 @@ from proxyv.train.lock import only_run
 from proxyv.train.run import identity, train
 from proxyv.train.settings import Settings
 
-__all__ = ["BriefAnswerer", "failure", "make_world", "now", "run_curve", "run_job", "train_job"]
+__all__ = [
+    "BriefAnswerer",
+    "failure",
+    "make_world",
+    "now",
+    "run_curve",
+    "run_job",
+    "stage_settings",
+    "train_job",
+]
 
 WORLD = "world.json"
 """Written last into the folder of the small world: what it was drawn with."""
@@ -107,7 +116,12 @@ def make_world(plan: Plan, runs: Path) -> Path:
 
 
 def run_job(
-    plan: Plan, job: Job, runs: Path, world: Path, say: Callable[[str], None]
+    plan: Plan,
+    job: Job,
+    runs: Path,
+    world: Path,
+    say: Callable[[str], None],
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a job.
 
@@ -117,6 +131,7 @@ def run_job(
         runs: folder of the preset's runs.
         world: see `make_world`.
         say: takes lines for the user.
+        dtype: see `stage_settings`.
 
     Returns:
         The content of its result file.
@@ -133,7 +148,7 @@ def run_job(
         trainer = plan.trainer(source, stage)
         # Another run may be at the arm that this stage 1 is of: its folder is waited for.
         with nullcontext() if trainer is source else only_run(runs / trainer.name, math.inf):
-            trained[stage] = train_job(plan, trainer, stage, runs)
+            trained[stage] = train_job(plan, trainer, stage, runs, dtype)
     model = runs / source.name / "finetune"
     fields: dict[str, Any] = (
         {} if job.arm.reduction is None else {"reduction": dict(job.arm.reduction)}
@@ -206,8 +221,28 @@ def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None])
     write_json(target, {**found, "weights": fingerprint(model)})
 
 
-def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, Any], Settings]:
-    """Train a stage, or go on with it, or take what is finished.
+def stage_settings(
+    plan: Plan, job: Job, stage: str, runs: Path, dtype: str | None = None
+) -> Settings:
+    """Settings of a stage, with what this machine decides.
+
+    Args:
+        plan: the preset.
+        job: an arm that trains this stage.
+        stage: "pretrain" or "finetune".
+        runs: folder of the preset's runs.
+        dtype: type to train in where the preset leaves it open; None for what is faster here.
+    """
+    settings = plan.stage(job, stage, runs)
+    if dtype is not None and settings.model.dtype == "auto":
+        settings = replace(settings, model=replace(settings.model, dtype=dtype))
+    return resolve(settings)
+
+
+def train_job(
+    plan: Plan, job: Job, stage: str, runs: Path, dtype: str | None = None
+) -> tuple[dict[str, Any], Settings]:
+    """Train a stage, or go on with it, or take what is finished; arguments as `stage_settings`.
 
     Returns:
         The trainer's summary with ``sessions`` and ``commits`` of all of them, ``seconds`` of those
@@ -216,7 +251,7 @@ def train_job(plan: Plan, job: Job, stage: str, runs: Path) -> tuple[dict[str, A
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    settings = resolve(plan.stage(job, stage, runs))
+    settings = stage_settings(plan, job, stage, runs, dtype)
     folder = Path(str(settings.run.output_dir))
     clock = folder / CLOCK
     if not (folder / FINISHED).is_file():
