@@ -353,7 +353,7 @@ def _check_arm(plan: Plan, arm: Arm) -> None:
                 f"it goes on from stage 1 of {first.name}, which must train it itself, with the "
                 "same model settings, or all of them but for a token reduction without weights"
             )
-    for name in (arm.checkpoint, arm.pretrained):
+    for name in filter(None, (arm.checkpoint, arm.pretrained)):
         known = plan.seeds_of(plan.arms[name]) if name in plan.arms else plan.seeds
         if lacking := [seed for seed in plan.seeds_of(arm) if seed not in known]:
             raise ValueError(
