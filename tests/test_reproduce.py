@@ -346,9 +346,9 @@ def test_a_shared_stage_1_is_waited_for(
     order = []
     looked_at = work.train_job
 
-    def train_job(plan, job, stage, runs):
+    def train_job(plan, job, stage, runs, dtype):
         order.append(f"{job.name} {stage}")
-        return looked_at(plan, job, stage, runs)
+        return looked_at(plan, job, stage, runs, dtype)
 
     monkeypatch.setattr(work, "train_job", train_job)
     held, name = threading.Event(), "baseline-seed1"
