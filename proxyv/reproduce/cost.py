@@ -42,7 +42,7 @@ def page_crops(answerer: Answerer, benchmark: Any, rows: Rows, number: int) -> T
 
 
 def arm_cost(
-    model: Any, crops: Tensor, cost: Mapping[str, int], *, trained: bool
+    model: Any, crops: Tensor, cost: Mapping[str, int], dtype: str | None
 ) -> dict[str, Any]:
     """FLOPs and time of a prefill, and time of a training step.
 
@@ -53,14 +53,14 @@ def arm_cost(
         model: with its method, if any; it is fused afterwards, so it cannot be trained on.
         crops: (C, 3, height, width) what the prompt shows.
         cost: ``text`` tokens, and ``repeats`` of the timing.
-        trained: whether the arm trains; else it has no training step.
+        dtype: type that the arm was trained in; None for one without a training step.
 
     Returns:
         ``flops`` of the decoder layers, in the paper's count and as run, the same of the baseline,
         ``kept`` (mean tokens that are left of a crop, where the image decides; else None), and
         ``prefill_seconds`` and ``step_seconds`` of every round. A step is forward and, but for the
         vision tower, backward of one row with every text token supervised, in bfloat16 by
-        autocast as training is on a CPU, without the optimiser.
+        autocast where training was, without the optimiser.
     """
     config = model.config
     base = _baseline(config)
@@ -70,7 +70,7 @@ def arm_cost(
         name: (own, make_prompt(own, len(crops), cost["text"]) | {"pixel_values": crops[None]})
         for name, own in (("baseline", stock), ("arm", model))
     }
-    steps = _time_steps(prompts, cost["repeats"]) if trained else {}
+    steps = {} if dtype is None else _time_steps(prompts, cost["repeats"], dtype)
     model.fuse()
     works = {name: partial(prefill, *given) for name, given in prompts.items()}
     timings = time_interleaved(works, model.device, cost["repeats"])
@@ -91,7 +91,7 @@ def arm_cost(
 
 
 def _time_steps(
-    prompts: Mapping[str, tuple[Any, Mapping[str, Tensor]]], repeats: int
+    prompts: Mapping[str, tuple[Any, Mapping[str, Tensor]]], repeats: int, dtype: str
 ) -> dict[str, list[float]]:
     """Seconds of every round of a training step, by model; the models come back for inference."""
     works = {}
@@ -101,7 +101,7 @@ def _time_steps(
         model.model.vision_tower.requires_grad_(False)
         ids = prompt["input_ids"]
         labels = ids.masked_fill(ids == model.config.image_token_index, IGNORE_INDEX)
-        works[name] = partial(_step, model, {**prompt, "labels": labels})
+        works[name] = partial(_step, model, {**prompt, "labels": labels}, dtype)
     timings = time_interleaved(
         works, device, repeats, after=lambda name: prompts[name][0].zero_grad()
     )
@@ -110,8 +110,8 @@ def _time_steps(
     return {name: [round(s, 6) for s in timing.seconds] for name, timing in timings.items()}
 
 
-def _step(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    with torch.autocast(model.device.type, torch.bfloat16):
+def _step(model: Any, inputs: Mapping[str, Tensor], dtype: str) -> None:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(**inputs, use_cache=False).loss
     loss.backward()
 

@@ -165,7 +165,12 @@ def run_job(
         "seed": job.seed,
         "status": DONE,
         "tasks": tasks,
-        "cost": arm_cost(answerer.model, crops, plan.cost, trained=source is job),
+        "cost": arm_cost(
+            answerer.model,
+            crops,
+            plan.cost,
+            trained["finetune"][1].model.dtype if source is job else None,
+        ),
         "training": {
             "of": source.name,
             **{name: summary for name, (summary, _) in trained.items()},
