@@ -598,8 +598,9 @@ def test_autocast_trains_float32_weights_in_bfloat16(attention, generator) -> No
 
 def test_adapters_on_the_projections_are_not_bypassed(generator) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model(start_layer=1)
+    model = tiny_model(start_layer=1).double()  # float32 rounds so large adapters differently
     inputs = collate([sample([2, "1", 3], model.config, generator)])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.no_grad():
         plain = model(**inputs).logits
     names = ["k_proj", "merge_input", "context_proj"]
