@@ -495,6 +495,7 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("seeds: [1, 2]", "seeds: [1]\nmeasures: {ccpdf: doc_bleu}", "tasks does not ask"),
         ("seeds: [1, 2]", "seeds: [1]\ncurve: 0,1\nmeasures: {docvqa: x}", "redundancy curve"),
         ("pretrained: baseline", "pretrained: baselin", "did you mean 'baseline'"),
+        ("pretrained: baseline", "pretrained: baseline, against: baselin", "against: unknown arm"),
         ("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: [2, 3]", "later_seeds has seeds [3]"),
         ("pretrained: baseline", "pretrained: baseline, seeds: [4]", "seeds [4], of [1, 2]"),
         ("seeds: [1, 2]", "seeds: [1, 2]\nlater_seeds: 1", "later_seeds has seeds 1; write a list"),

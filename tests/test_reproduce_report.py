@@ -333,6 +333,23 @@ def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
     ]
 
 
+def test_variants_stand_beside_what_they_are_a_variant_of(tmp_path: Path, plan: Plan) -> None:
+    parts = fill(tmp_path, plan, 0.02, (1, 2))
+    assert "| variant |" not in report(tmp_path)
+    average = {task: answers(0.5, 70 + n) for n, task in enumerate(TASKS)}
+    put(tmp_path, plan, content("average", 2, average))
+    put(tmp_path, plan, content("nonspatial-early", 3, average))
+    text = report(tmp_path)
+    gap, seeds, _, flops = cells(text, "block average | ProxyV-L3 |")[2:]
+    early = parts["proxyv-early", 2]
+    expected = 100 * np.mean([(average[task] - early[task]).mean() for task in plan.score])
+    assert float(gap.split()[0]) == pytest.approx(expected, abs=0.01)
+    assert seeds == f"2: {gap.split()[0]}" and flops == "42.0, 42.0"
+    assert cells(text, "ProxyV-L3, non-spatial | ProxyV-L3 |")[2:5] == [
+        *("not run with the same seed", "–", "–")
+    ]
+
+
 def test_another_measure_counts_and_a_distance_is_turned_round(tmp_path: Path) -> None:
     record = {"index": 0, "question_id": "0", "error": None, "document": None, "details": {}}
     records = [

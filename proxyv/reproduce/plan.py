@@ -54,6 +54,7 @@ class Arm:
         reduction: token-reduction method for that evaluation; None for none.
         control: what that evaluation puts in place of the images; None for nothing.
         paper: the row of the paper's tables that it stands beside, see ``paper.py``.
+        against: arm that it is a variant of, and is compared with besides the baseline.
         seeds: that it is run with; None for those of its tier.
     """
 
@@ -67,6 +68,7 @@ class Arm:
     reduction: Mapping[str, Any] | None = None
     control: str | None = None
     paper: str | None = None
+    against: str | None = None
     seeds: Sequence[int] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -330,6 +332,8 @@ def _check_arm(plan: Plan, arm: Arm) -> None:
             )
     if arm.tier not in TIERS:
         raise ValueError(f"tier {arm.tier!r}, one of {[*TIERS]}")
+    if arm.against is not None and arm.against not in plan.arms:
+        raise ValueError(f"against: {nearest('arm', arm.against, plan.arms)}")
     if arm.reduction is not None:
         build_reduction(arm.reduction)
     check_control(arm.control)

@@ -82,6 +82,7 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "count": Counter(row["verdict"].removesuffix(ONE_SEED) for row in verdicts),
         "tier_one": _tier_one(plan, table),
         "rows": [row for arm in _by_tier(plan) if (row := _arm_row(plan, table, arm))],
+        "variants": [row for arm in _by_tier(plan) if (row := _variant_row(plan, table, arm))],
         "tasks": _task_rows(plan, table),
         "floor": _out_of_range(plan, table),
         "blind": _answered_blind(plan, table),
@@ -182,6 +183,24 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, Any] | None:
         "paper_relative": f"{paper.relative:.1f}" if paper else NONE,
         "paper_flops": str(paper.flops) if paper and paper.flops is not None else NONE,
         "paper_time": str(paper.time) if paper and paper.time is not None else NONE,
+    }
+
+
+def _variant_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
+    """An arm beside the one that it is a variant of; None where it is none, or has no result."""
+    results = _of(plan, table, arm.name)
+    if arm.against is None or not results:
+        return None
+    gap = find_gap(plan, table, Claim("", "", arm.name, arm.against, "better"))
+    others = _of(plan, table, arm.against)
+    return {
+        "title": arm.title,
+        "other": plan.arms[arm.against].title,
+        "gap": gap if isinstance(gap, str) else _gap_text(gap),
+        "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
+        "p": NONE if isinstance(gap, str) else _p_text(gap.p_value),
+        "flops": _percent(_flops_saved(results)),
+        "other_flops": _percent(_flops_saved(others)) if others else NONE,
     }
 
 
