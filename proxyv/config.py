@@ -48,7 +48,9 @@ class ProxyVConfig(LlavaNextConfig):
             (s / r) x (s / r) proxies. Must divide s where proxies are spatial.
         proxy_kind: how proxies are made; "spatial" downsamples each crop, "learned" lets learned
             queries attend to it.
-        learned_proxies: proxies of each crop where they are learned; None for s * s // r**2.
+        learned_proxies: proxies of each crop where they are learned; None for n // r**2 of a crop
+            of n full tokens, those that a reduction leaves. Another reduction that a saved model
+            is used with leaves their number as it is.
         downsample: "bilinear" (no antialiasing: what the released weights expect) or "average"
             (mean of each r x r block).
         proxy_positions: rotary positions of proxies; "consecutive" counts on from their image's

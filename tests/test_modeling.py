@@ -525,6 +525,27 @@ def test_a_checkpoint_of_another_variant_is_refused(options, words, tmp_path) ->
     assert loaded.config.layout == "released"
 
 
+@pytest.mark.parametrize("load", [ProxyVForConditionalGeneration, AutoModelForImageTextToText])
+def test_a_reduction_leaves_a_saved_model_its_learned_proxies(load, tmp_path, generator) -> None:
+    """Built with half of the tokens a model has half of the proxies; a saved one keeps its own."""
+    drop = {"method": "random_drop", "tokens": 8}
+    assert tiny_config(proxy_kind="learned", reduction=drop).proxies_per_crop == 2
+    model = tiny_model(start_layer=1, proxy_kind="learned")
+    model.save_pretrained(tmp_path)
+    loaded = load.from_pretrained(tmp_path, reduction=drop)
+    assert loaded.config.proxies_per_crop == model.config.proxies_per_crop == 4
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    inputs = collate([sample([2, "1", 3], loaded.config, generator)])
+    counted = tiny_model(start_layer=1, proxy_kind="learned", learned_proxies=4, reduction=drop)
+    counted.load_state_dict(loaded.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, counted(**inputs).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load.from_pretrained(tmp_path / "again")
+    assert again.config.proxies_per_crop == 4 and again.config.reduction == loaded.config.reduction
+
+
 @pytest.mark.parametrize("kind", ["spatial", "learned"])
 def test_missing_weights_are_drawn_as_new_ones(kind, tmp_path) -> None:
     """A baseline folder loaded with a start layer: only the guided updates are new."""

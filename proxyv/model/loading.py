@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from proxyv.config import OPTIONS, ProxyVConfig
 from proxyv.model.backbones import adopt, materialise
 from proxyv.model.fit import check_fit
-from proxyv.model.released import check_saved_variant, is_release, read_release
+from proxyv.model.released import (
+    check_saved_variant,
+    is_release,
+    keep_learned_proxies,
+    read_release,
+)
 
 __all__ = ["LoadingMixin"]
 
@@ -45,6 +50,7 @@ class LoadingMixin:
         released = name is not None and is_release(name, **kwargs)
         if name is not None:
             check_saved_variant(name, kwargs)
+            kwargs = keep_learned_proxies(name, kwargs)
         if released:
             fields = {key: kwargs.pop(key) for key in set(kwargs) & set(OPTIONS)}
             kwargs |= read_release(name, fields, **kwargs)

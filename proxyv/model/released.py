@@ -9,6 +9,7 @@ Source: released checkpoints and the authors' training code (``config.json`` key
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from proxyv.model.crops import crop_processor
 __all__ = [
     "check_saved_variant",
     "is_release",
+    "keep_learned_proxies",
     "load_weights",
     "read_release",
     "read_tokenizer",
@@ -94,6 +96,34 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
                 f"{option}={wanted!r} does not fit the weights of {name}, which were "
                 f"saved with {option}={found!r}: leave it out, or load another model"
             )
+
+
+def keep_learned_proxies(name: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under which a saved model has as many learned proxies as it was saved with.
+
+    Where nothing names their number it follows from the full tokens of a crop, which a token
+    reduction that the model was saved without would make fewer; the weights stay as they are.
+
+    Args:
+        name: folder or hub id.
+        options: as ``check_saved_variant`` takes them.
+    """
+    raw, options = _raw_config(name, options), dict(options)
+    if raw.get("model_type") != ProxyVConfig.model_type or raw.get("proxy_kind") != "learned":
+        return options
+    config = options.get("config")
+    given: Any = config if isinstance(config, ProxyVConfig) else ProxyVConfig.from_dict(raw)
+    wanted = {
+        key: options.get(key, getattr(given, key)) for key in ("reduction", "learned_proxies")
+    }
+    if wanted["reduction"] == raw.get("reduction") or wanted["learned_proxies"] is not None:
+        return options
+    number = ProxyVConfig.from_dict(raw).proxies_per_crop
+    if config is None:
+        return {**options, "learned_proxies": number}
+    changed = copy.deepcopy(config)
+    changed.learned_proxies = number
+    return {**options, "config": changed}
 
 
 def release_folder(name: str | Path, **hub_options: Any) -> Path:
