@@ -111,18 +111,18 @@ def keep_learned_proxies(name: str | Path, options: Mapping[str, Any]) -> dict[s
     raw, options = _raw_config(name, options), dict(options)
     if raw.get("model_type") != ProxyVConfig.model_type or raw.get("proxy_kind") != "learned":
         return options
+    saved: Any = ProxyVConfig.from_dict(raw)
     config = options.get("config")
-    given: Any = config if isinstance(config, ProxyVConfig) else ProxyVConfig.from_dict(raw)
+    given = config if isinstance(config, ProxyVConfig) else saved
     wanted = {
         key: options.get(key, getattr(given, key)) for key in ("reduction", "learned_proxies")
     }
-    if wanted["reduction"] == raw.get("reduction") or wanted["learned_proxies"] is not None:
+    if wanted["reduction"] == saved.reduction or wanted["learned_proxies"] is not None:
         return options
-    number = ProxyVConfig.from_dict(raw).proxies_per_crop
-    if config is None:
-        return {**options, "learned_proxies": number}
-    changed = copy.deepcopy(config)
-    changed.learned_proxies = number
+    if given is saved:
+        return {**options, "learned_proxies": saved.proxies_per_crop}
+    changed = copy.deepcopy(given)
+    changed.learned_proxies = saved.proxies_per_crop
     return {**options, "config": changed}
 
 

@@ -133,15 +133,20 @@ def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
     return {
         "text": claim.text,
         "paper": claim.paper,
-        "gap": gap if isinstance(gap, str) else _gap_text(gap),
-        "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
-        "p": NONE if isinstance(gap, str) else _p_text(gap.p_value),
+        **_gap_cells(gap),
         "verdict": verdict(claim.rule, gap, blind) + _one_seed(gap),
     }
 
 
 def _one_seed(gap: Gap | str) -> str:
     return ONE_SEED if isinstance(gap, Gap) and len(gap.seeds) == 1 else ""
+
+
+def _gap_cells(gap: Gap | str) -> dict[str, str]:
+    """A gap with its interval, those of its seeds, and its p; or why there is none."""
+    if isinstance(gap, str):
+        return {"gap": gap, "seeds": NONE, "p": NONE}
+    return {"gap": _gap_text(gap), "seeds": _seed_gaps(gap), "p": _p_text(gap.p_value)}
 
 
 def _p_text(value: float) -> str:
@@ -196,9 +201,7 @@ def _variant_row(plan: Plan, table: Table, arm: Arm) -> dict[str, str] | None:
     return {
         "title": arm.title,
         "other": plan.arms[arm.against].title,
-        "gap": gap if isinstance(gap, str) else _gap_text(gap),
-        "seeds": NONE if isinstance(gap, str) else _seed_gaps(gap),
-        "p": NONE if isinstance(gap, str) else _p_text(gap.p_value),
+        **_gap_cells(gap),
         "flops": _percent(_flops_saved(results)),
         "other_flops": _percent(_flops_saved(others)) if others else NONE,
     }
