@@ -32,7 +32,7 @@ from proxyv.reproduce.__main__ import main
 from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, job_states, left_seconds
 from proxyv.reproduce.results import pack, unpack
-from proxyv.reproduce.work import stage_settings
+from proxyv.reproduce.work import run_job, stage_settings
 from proxyv.study.kept import kept_patches
 from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
@@ -406,6 +406,27 @@ def test_a_seed_goes_on_in_the_type_that_it_began_in(
     places = ["--results", str(tmp_path), "--runs", str(folder / "runs")]
     main(["run", "--preset", str(folder / "mini.yaml"), "--arms", "baseline", *places])
     assert given == [("baseline-seed1", None), ("baseline-seed2", dtype)]
+
+
+@pytest.mark.parametrize("began", ["float32", "bfloat16", None])
+def test_a_type_that_is_slow_here_is_said_before_training(
+    began: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else hours pass before anybody asks why; trained already, it no longer matters."""
+    monkeypatch.setattr("proxyv.train.build._multiplies_bfloat16", lambda: False)
+
+    def trainer(*_: Any) -> None:
+        raise ValueError("here training would begin")
+
+    monkeypatch.setattr("proxyv.reproduce.work.train_job", trainer)
+    plan, said = find_plan("tiny"), []
+    job = Job(plan.arms["baseline"], 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="training would begin"):
+            run_job(plan, job, tmp_path, tmp_path, said.append, began)
+        write_json(tmp_path / job.name / "finetune" / "finished.json", {})
+    slow = "in bfloat16 as the other arms of seed 1 are, though this machine multiplies float32"
+    assert [slow in line for line in said] == [True] * (began == "bfloat16")
 
 
 def test_shipped_presets_are_complete() -> None:

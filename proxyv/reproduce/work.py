@@ -143,6 +143,14 @@ def run_job(
     """
     started = time.monotonic()
     source = plan.trained(job)
+    wanted, faster = (
+        stage_settings(plan, source, STAGES[-1], runs, t).model.dtype for t in (dtype, None)
+    )
+    if wanted != faster and not (runs / source.name / STAGES[-1] / FINISHED).is_file():
+        say(
+            f"{job.name}: trained in {wanted} as the other arms of seed {job.seed} are, though "
+            f"this machine multiplies {faster} faster, perhaps many times"
+        )
     trained = {}
     for stage in STAGES:
         trainer = plan.trainer(source, stage)
