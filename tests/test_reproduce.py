@@ -26,9 +26,11 @@ from proxyv.eval.sources import load_rows
 from proxyv.files import write_json
 from proxyv.model.crops import crop_layout
 from proxyv.model.flops import RowTokens, paper_flops
+from proxyv.profiling.costs import decoder_flops
 from proxyv.profiling.shapes import with_start
 from proxyv.reproduce import work
 from proxyv.reproduce.__main__ import main
+from proxyv.reproduce.cost import baseline_config
 from proxyv.reproduce.plan import Arm, Job, choose, find_plan, presets, read_plan
 from proxyv.reproduce.progress import JobState, job_states, left_seconds
 from proxyv.reproduce.results import pack, unpack
@@ -406,6 +408,18 @@ def test_a_seed_goes_on_in_the_type_that_it_began_in(
     places = ["--results", str(tmp_path), "--runs", str(folder / "runs")]
     main(["run", "--preset", str(folder / "mini.yaml"), "--arms", "baseline", *places])
     assert given == [("baseline-seed1", None), ("baseline-seed2", dtype)]
+
+
+def test_costs_of_all_arms_are_shares_of_one_baseline(tmp_path: Path) -> None:
+    plan, row = find_plan("tiny"), RowTokens(5, 50)
+    found = {}
+    for arm in plan.arms.values():
+        # TokenPacker has a projector of its own, which says how many tokens there are.
+        if arm.checkpoint is None and "projector" not in arm.model:
+            config = build_on_meta(plan.stage(Job(arm, 1), "pretrain", tmp_path)).config
+            found[arm.name] = decoder_flops(baseline_config(config), row, True, True)
+    assert {"baseline", "released", "positions", "nonspatial-early", "atn-early"} <= set(found)
+    assert set(found.values()) == {found["baseline"]}
 
 
 @pytest.mark.parametrize("began", ["float32", "bfloat16", None])

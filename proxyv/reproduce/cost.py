@@ -20,7 +20,7 @@ from proxyv.profiling.measure import time_interleaved
 from proxyv.profiling.shapes import with_start
 from proxyv.study.cost import make_prompt, prefill
 
-__all__ = ["arm_cost", "page_crops"]
+__all__ = ["arm_cost", "baseline_config", "page_crops"]
 
 
 def page_crops(answerer: Answerer, benchmark: Any, rows: Rows, number: int) -> Tensor:
@@ -63,7 +63,7 @@ def arm_cost(
         autocast where training was, without the optimiser.
     """
     config = model.config
-    base = _baseline(config)
+    base = baseline_config(config)
     stock = ProxyVForConditionalGeneration(base).to(model.device, model.dtype).eval()
     stock.set_attn_implementation(config._attn_implementation)
     prompts = {
@@ -116,12 +116,14 @@ def _step(model: Any, inputs: Mapping[str, Tensor], dtype: str) -> None:
     loss.backward()
 
 
-def _baseline(config: Any) -> Any:
-    """The configuration without ProxyV layers and without reduction."""
+def baseline_config(config: Any) -> Any:
+    """The configuration without ProxyV layers and without reduction, the same for every arm."""
     layer = config.vision_feature_layer
     return with_start(
         config,
         None,
+        layout="natural",
+        proxy_positions="consecutive",
         skip=None,
         reduction=None,
         proxy_kind="spatial",
