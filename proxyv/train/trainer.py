@@ -111,7 +111,8 @@ class ProxyVTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The norm before clipping; a step in which it is not finite changes nothing.
 
-        DeepSpeed leaves such a step out by itself. The norm is the same on every rank.
+        DeepSpeed leaves such a step out by itself, in bfloat16 and at every stage of ZeRO since
+        0.19.8, which is therefore the oldest one allowed. The norm is the same on every rank.
 
         Raises:
             ValueError: too many such steps in a row.
