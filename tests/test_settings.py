@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxyv.files import write_text
-from proxyv.train.arguments import accumulation_steps, total_steps
+from proxyv.train.arguments import accumulation_steps, deepspeed_config, total_steps
 from proxyv.train.config_files import describe_settings, load_settings, preset_file, settings_yaml
 from proxyv.train.settings import Settings, walk
 
@@ -198,3 +198,27 @@ def test_global_batch_must_be_dealt_evenly(tmp_path):
     assert accumulation_steps(settings, 2) == 2
     with pytest.raises(ValueError, match=r"optim\.global_batch=64 .*=16 x 3 ranks = 48"):
         accumulation_steps(settings, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "a section 'scheduler'.*remove it from the file"),
+        ({"optimizer": {"type": "AdamW"}}, "a section 'optimizer'.*remove it from the file"),
+        ({"zero_optimization": {"stage": 3}}, "set .*_16bit_weights_on_model_save to true"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_a_deepspeed_file_that_would_undo_a_run_is_refused(tmp_path, content, message):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"deepspeed\.config={path}.*{message}"):
+        deepspeed_config(load(tmp_path, "", f"deepspeed.config={path}"))
+
+
+def test_every_shipped_deepspeed_file_is_taken(tmp_path):
+    files = sorted((ROOT / "configs/deepspeed").glob("*.json"))
+    assert len(files) >= 5
+    for path in files:
+        config = deepspeed_config(load(tmp_path, "", f"deepspeed.config={path}"))
+        assert config["zero_optimization"]["stage"] in (1, 2, 3)

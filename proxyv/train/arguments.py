@@ -128,7 +128,8 @@ def deepspeed_config(settings: Settings) -> dict[str, Any] | None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON.
+        ValueError: not JSON, or a file that replaces what ``optim`` says or would not let the
+            weights be saved.
     """
     if settings.deepspeed.config is None:
         return None
@@ -144,6 +145,27 @@ def deepspeed_config(settings: Settings) -> dict[str, Any] | None:
             f"deepspeed.config: {nearest('file', settings.deepspeed.config, found)}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed.config={settings.deepspeed.config}: {error}") from error
+    _check_deepspeed(config, settings.deepspeed.config)
+    return config
+
+
+def _check_deepspeed(config: Any, name: str) -> None:
+    """Refuse at the start what would be noticed at the end of a run, or not at all."""
+    if not isinstance(config, dict):
+        raise ValueError(f"deepspeed.config={name}: it must hold a JSON object of options")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(
+                f"deepspeed.config={name} has a section {section!r}, which would take the place "
+                "of the learning rates and the schedule of optim.*: remove it from the file"
+            )
+    zero = config.get("zero_optimization", {})
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and not zero.get(gather):
+        raise ValueError(
+            f"deepspeed.config={name}: stage 3 shards the weights, which could not be saved in "
+            f"the end: set zero_optimization.{gather} to true"
+        )
