@@ -144,6 +144,16 @@ def test_a_list_that_cannot_be_written_is_refused_before_the_rows(
         main(["check", *broken, "--write-clean", str(tmp_path / name)])
 
 
+def test_a_mixture_has_no_list_of_its_own(tmp_path):
+    """Its sets have: numbers in one count within that set."""
+    (tmp_path / "a.json").write_text(json.dumps([row("a", None, mark="")]))
+    (tmp_path / "mix.yaml").write_text(f"- {{annotations: {tmp_path}/a.json}}\n")
+    for ending in ("txt", "jsonl"):
+        clean = str(tmp_path / f"clean.{ending}")
+        with pytest.raises(ValueError, match=r"within each set of a mixture.*sets one by one"):
+            main(["check", "--annotations", str(tmp_path / "mix.yaml"), "--write-clean", clean])
+
+
 def test_the_report_is_there_though_the_list_cannot_be_written(broken, tmp_path, capsys):
     (tmp_path / "a.txt.partial").mkdir()  # in its place
     with pytest.raises(IsADirectoryError):

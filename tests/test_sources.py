@@ -309,6 +309,23 @@ def test_parquet_with_bytes(tmp_path, monkeypatch, feature):
     assert source[1].images == ()
 
 
+def test_parquet_with_several_images_a_row(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sizes = [(20, 10), (8, 30)]
+    pictures = [
+        {"bytes": write_image(tmp_path / f"{size}.png", size), "path": None} for size in sizes
+    ]
+    said = [{"from": "human", "value": "<image>\n<image>\nWhich?"}, SAID[1]]
+    table = datasets.Dataset.from_dict({"conversations": [said], "image": [pictures]})
+    table = table.cast_column("image", datasets.List(datasets.Image()))
+    table.to_parquet(tmp_path / "several.parquet")
+    for streaming in (False, True):
+        [row] = open_source(str(tmp_path / "several.parquet"), None, streaming=streaming)
+        assert [image.load().size for image in row.images] == sizes
+
+
 def test_places_that_do_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.annotations: no file .*gone\.json"):
         open_source(str(tmp_path / "gone.json"), None)

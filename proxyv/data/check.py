@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from proxyv.data.images import FAULTS, DataError
+from proxyv.data.mixture import MixtureSource
 from proxyv.data.pipeline import RowPipeline
 from proxyv.data.readers import JsonSource, Source
 from proxyv.data.rows import Row, subset_of
@@ -255,9 +256,14 @@ def check_clean(source: Source, path: Path) -> None:
         path: see :func:`write_clean`.
 
     Raises:
-        ValueError: another ending, or rows that are not JSON.
+        ValueError: another ending, rows that are not JSON, or rows of a mixture.
         FileNotFoundError: no such folder.
     """
+    if isinstance(source, MixtureSource):
+        raise ValueError(
+            f"--write-clean {path}: row numbers count within each set of a mixture; check its "
+            "sets one by one, and name each list as 'rows' of its set"
+        )
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--write-clean {path}: expected a name ending in .txt or .jsonl")
     if path.suffix == ".jsonl" and not isinstance(source, JsonSource):

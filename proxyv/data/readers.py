@@ -224,8 +224,8 @@ class ParquetSource:
         else:
             table = datasets.load_dataset(path, split="train")
         for name, feature in table.features.items():
-            if isinstance(feature, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
+            if (encoded := _encoded(feature)) is not None:
+                table = table.cast_column(name, encoded)
         self._table = table
         if not len(table):
             raise DataError(f"{path}: no rows")
@@ -249,6 +249,18 @@ class ParquetSource:
         """What the files or the hub's copy are known by, and the image folder."""
         known = file_stamp(self._files) if self._files else self._table._fingerprint
         return f"{known} {self.folder}"
+
+
+def _encoded(feature: Any) -> Any:
+    """The feature that gives images of a column as bytes; None for a column without images."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _encoded(feature.feature)
+        return None if inner is None else type(feature)(inner)
+    return None
 
 
 def file_stamp(files: Sequence[Path]) -> str:
