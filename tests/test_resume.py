@@ -116,6 +116,104 @@ def test_sigterm_saves_and_the_same_run_goes_on(world, uninterrupted, tmp_path, 
     assert not find_checkpoints(tmp_path)
 
 
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_was_stopped_in_its_last_step_is_only_saved(world, tmp_path, monkeypatch):
+    """Five steps of three a pass, at a rate at which a sixth would show."""
+    constant = {"optim.max_steps": 5, "optim.schedule": "constant", "optim.warmup_ratio": 0}
+    whole = run.train(settings_for(world, tmp_path / "whole", **constant))
+    settings = settings_for(world, tmp_path / "run", **constant)
+    with pytest.raises(Interrupted, match="after step 5; the same command goes on from step 5"):
+        train_with(monkeypatch, settings, At(5, sigterm))
+    run.train(settings)
+    check_same(tmp_path / "run", whole)
+    one, other = (json.loads((f / run.FINISHED).read_text()) for f in (whole, tmp_path / "run"))
+    assert one["steps"] == other["steps"] == 5
+
+
+def test_a_signal_after_the_last_step_ends_nothing(world, tmp_path, uninterrupted, monkeypatch):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            sigterm()
+
+    train_with(monkeypatch, settings_for(world, tmp_path, **{"run.save_steps": 0}), Late())
+    check_same(tmp_path, uninterrupted)
+
+
+def test_how_often_to_log_and_to_save_may_change(world, tmp_path, monkeypatch, uninterrupted):
+    rarely = settings_for(world, tmp_path, **{"run.log_steps": 3, "run.save_steps": 0})
+    with pytest.raises(Interrupted):
+        train_with(monkeypatch, rarely, At(3, sigterm))
+    written = []
+    write = Checkpoints.write
+    monkeypatch.setattr(
+        Checkpoints,
+        "write",
+        lambda self, step, *a, **k: written.append(step) or write(self, step, *a, **k),
+    )
+    run.train(settings_for(world, tmp_path))
+    assert written == [4, 6]
+    assert [entry["step"] for entry in metrics(tmp_path)] == [3, 4, 5, 6]
+    assert metrics(tmp_path)[1:] == metrics(uninterrupted)[3:]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = [entry for entry in map(json.loads, lines) if "loss" in entry][-1]
+    parts = [value for key, value in last.items() if key.startswith("grad_norm_")]
+    assert sum(norm**2 for norm in parts) ** 0.5 == pytest.approx(last["grad_norm"], rel=1e-4)
+
+
+def test_a_row_that_can_be_used_again_does_not_change_the_order(world, tmp_path, monkeypatch):
+    """By length it stands elsewhere: some rows would come twice, and others never."""
+    rows = json.loads((world / "rows.json").read_text())
+    rows[0]["image"] = "images/late.png"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    images = tmp_path / "images"
+    images.symlink_to(world / "images")
+    values = {
+        "data.annotations": tmp_path / "rows.json", "data.on_failure": "skip",
+        "data.follow_links": True, "data.images": tmp_path, "data.group_by_length": True,
+        "optim.max_steps": 3,
+    }  # fmt: skip
+    seen: list[int] = []
+    read = run.ConversationDataset.__getitem__
+    monkeypatch.setattr(
+        run.ConversationDataset, "__getitem__", lambda self, i: seen.append(int(i)) or read(self, i)
+    )
+    late = world / "images/late.png"
+    settings = settings_for(world, tmp_path / "run", **values)
+    with pytest.raises(Interrupted):
+        train_with(monkeypatch, settings, At(1, sigterm))
+    first = seen[:4]
+    seen.clear()
+    late.write_bytes((world / "images/0.png").read_bytes())
+    try:
+        run.train(settings)
+    finally:
+        late.unlink()
+    assert sorted(first + seen) == list(range(12))
+
+
+def test_rows_left_out_are_those_of_this_run(world, tmp_path):
+    """Also where it replaces a finished one, whose rows were others or were left out too."""
+    rows = json.loads((world / "rows.json").read_text())
+    rows[0]["image"] = "images/gone.png"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    values = {
+        "data.annotations": tmp_path / "rows.json", "data.on_failure": "skip",
+        "optim.max_steps": 3, "run.overwrite": True,
+    }  # fmt: skip
+    failed = []
+    for _ in range(2):
+        run.train(settings_for(world, tmp_path / "run", **values))
+        entries = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        failed.append([e["failed_rows"] for e in map(json.loads, entries) if "loss" in e][-1])
+    assert failed == [1, 1]
+    (tmp_path / "rows.json").write_text((world / "rows.json").read_text())
+    run.train(settings_for(world, tmp_path / "run", **values))
+    assert not (tmp_path / "run/failures.txt").exists()
+
+
 def in_child(settings: Settings) -> multiprocessing.Process:
     """The run in a process of its own, which may be killed."""
     child = multiprocessing.get_context("fork").Process(target=run.train, args=(settings,))
@@ -248,6 +346,37 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert "checkpoint-2 is the last complete one" in said
     assert seen == ["checkpoint-2"]
     check_same(folder, uninterrupted)
+
+
+def test_a_run_that_cannot_save_when_it_is_told_to_stop_says_so(world, tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_and_told() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        sigterm()
+
+    settings = settings_for(world, tmp_path, **{"run.save_steps": 0})
+    try:
+        with pytest.raises(Interrupted, match=r"begins anew, for no checkpoint could be saved$"):
+            train_with(monkeypatch, settings, At(2, full_and_told))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_checkpoint_just_written_is_kept_and_damaged_later_ones_go_first(tmp_path):
+    def write(step: int, keep: int) -> None:
+        assert Checkpoints(tmp_path, keep, {}).write(
+            step, lambda f: (f / "a").write_bytes(b"1") and None
+        )
+
+    for step in (200, 300):
+        write(step, keep=3)
+    (tmp_path / "checkpoint-300/a").unlink()
+    write(250, keep=2)
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [200, 250]
+    (tmp_path / "checkpoint-250/a").unlink()
+    write(225, keep=1)
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [225]
 
 
 def test_too_little_space_is_known_before_writing(tmp_path):

@@ -29,6 +29,10 @@ class FailureLog:
         """Rows that this rank knows to have been left out."""
         return len(self._known)
 
+    def forget(self) -> None:
+        """Forget all: the run begins anew. One rank removes the file as well."""
+        self._known.clear()
+
     def add(self, failures: Iterable[str]) -> list[str]:
         """Note rows left out; gives those that were not known before."""
         new = []

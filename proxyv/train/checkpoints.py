@@ -145,7 +145,9 @@ class Checkpoints:
             if self._abandon([each for each, _ in answers], partial, step):
                 return False
             entries = {name: entry for _, part in answers if part for name, entry in part.items()}
-        fault, _ = _attempt(lambda: self._commit(partial, final, entries) if rank() == 0 else None)
+        fault, _ = _attempt(
+            lambda: self._commit(step, partial, final, entries) if rank() == 0 else None
+        )
         return not self._abandon(gather(fault), partial, step)
 
     def _begin(self, partial: Path, needed_bytes: int) -> None:
@@ -155,7 +157,7 @@ class Checkpoints:
         if free < needed_bytes:
             raise OSError(f"{needed_bytes:,} bytes needed, {free:,} free on the disk")
 
-    def _commit(self, partial: Path, final: Path, entries: dict[str, Any]) -> None:
+    def _commit(self, step: int, partial: Path, final: Path, entries: dict[str, Any]) -> None:
         manifest = {"identity": self.identity, "data": self.data, "files": entries}
         with open(partial / MANIFEST, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
@@ -165,7 +167,10 @@ class Checkpoints:
             _remove(final)
         os.rename(partial, final)
         _sync_folder(self.folder)
-        for _, path in find_checkpoints(self.folder)[: -self.keep]:
+        found = find_checkpoints(self.folder)
+        # Later ones are there only where the run went back over them, for they were damaged.
+        later = [entry for entry in found if entry[0] > step]
+        for _, path in (later + found[: len(found) - len(later)])[: -self.keep]:
             _remove(path)
 
     def _abandon(self, faults: list[str | None], partial: Path, step: int) -> bool:

@@ -65,6 +65,26 @@ class ResumableTrainer(Trainer):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self._save_rng_state(str(folder))
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Passes done and micro-batches done of the next one, as the trainer reads them."""
+        done: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return done
+        # How often to log and to save may be another now than when the checkpoint was written.
+        self.state.compute_steps(self.args, max_steps)
+        if self.state.global_step >= max_steps:  # only saving was left: within a pass, perhaps
+            return num_train_epochs, 0
+        return done
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: :meth:`_restore` reads everything at once, when all of it exists."""
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import set_seed
@@ -41,7 +42,7 @@ from proxyv.train.build import (
     resolve,
     starting_folder,
 )
-from proxyv.train.checkpoints import Checkpoints
+from proxyv.train.checkpoints import Checkpoints, find_checkpoints
 from proxyv.train.config_files import settings_yaml
 from proxyv.train.lock import only_run
 from proxyv.train.progress import MetricsFile, Progress
@@ -50,7 +51,10 @@ from proxyv.train.signals import Interrupted, StopOnSignal, start_worker
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
-__all__ = ["identity", "open_data", "parts_table", "train"]
+__all__ = ["ORDER", "identity", "open_data", "parts_table", "train"]
+
+ORDER = "order.npz"
+"""What the order of a run's rows goes by, where it goes by length: it stays as it was."""
 
 
 def open_data(settings: Settings) -> Source:
@@ -114,12 +118,8 @@ def train(settings: Settings) -> Path:
             check_output(settings)  # a run that was dying may have finished instead
         checkpoint = _begin(trainer, folder, settings)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.received:
-            raise Interrupted(
-                stop.received,
-                f"stopped by signal {stop.received} after step {trainer.state.global_step}; the "
-                "same command goes on from there",
-            )
+        if stop.stopped:
+            raise Interrupted(stop.received, _stopped(stop.received, trainer, folder))
         summary = {
             "steps": trainer.state.global_step,
             "skipped_steps": trainer.skipped_steps,
@@ -134,6 +134,18 @@ def train(settings: Settings) -> Path:
             trainer.checkpoints.clear()
             print(f"done in {time.monotonic() - began:.0f} s: {folder}", flush=True)
     return folder
+
+
+def _stopped(number: int, trainer: ProxyVTrainer, folder: Path) -> str:
+    """What the user of a run that was told to stop reads."""
+    saved = max((step for step, _ in find_checkpoints(folder)), default=None)
+    onward = "begins anew, for no checkpoint could be saved"
+    if saved is not None:
+        onward = f"goes on from step {saved}"
+    return (
+        f"stopped by signal {number} after step {trainer.state.global_step}; "
+        f"the same command {onward}"
+    )
 
 
 def _mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
@@ -215,7 +227,29 @@ def _order(
             ) from error
     report = report_rows(dataset, facts, data.max_unsupervised_share)
     micro = settings.optim.micro_batch
-    return GroupedSampler(facts["tokens"], facts["images"] > 0, micro, ranks, seed), report
+    lengths, has_image = _begun_with(settings) or (facts["tokens"], facts["images"] > 0)
+    return GroupedSampler(lengths, has_image, micro, ranks, seed), report
+
+
+def _begun_with(settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lengths and kinds that the order of a run that goes on was made from.
+
+    A row that could not be used then and can be now has others today, by which every row after it
+    would have another place: some would be trained on twice and some never.
+    """
+    folder = output_folder(settings)
+    path = folder / ORDER
+    going_on = settings.run.resume and not (folder / FINISHED).is_file()
+    if not (going_on and find_checkpoints(folder) and path.is_file()):
+        return None
+    with np.load(path, allow_pickle=False) as table:
+        return table["lengths"], table["has_image"]
+
+
+def _save_order(sampler: GroupedSampler, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez_compressed(partial, lengths=sampler.lengths, has_image=sampler.has_image)
+    os.replace(partial, path)
 
 
 def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | None:
@@ -232,6 +266,12 @@ def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | No
     trainer.accelerator.wait_for_everyone()
     checkpoint = trainer.checkpoints.latest()
     if checkpoint is None:
+        trainer.failures.forget()
+        if first:
+            trainer.failures.path.unlink(missing_ok=True)
+            if isinstance(trainer.sampler, GroupedSampler):
+                _save_order(trainer.sampler, folder / ORDER)
+        trainer.accelerator.wait_for_everyone()
         return None
     if first:
         print(f"going on from {checkpoint}", flush=True)

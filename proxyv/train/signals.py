@@ -34,11 +34,14 @@ class StopOnSignal(TrainerCallback):
     """Saves and stops after the step in which any rank got SIGTERM.
 
     Attributes:
-        received: number of the signal that stops the run; 0 for none.
+        received: number of the signal; 0 for none.
+        stopped: whether the run ends because of it. One that comes after the last step ends
+            nothing any more.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.stopped = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -65,7 +68,7 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             self.received = int(flag)
         if self.received:
-            control.should_save = control.should_training_stop = True
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:

@@ -71,7 +71,11 @@ def count_parts(model: nn.Module) -> list[PartCount]:
 
 
 def learning_rates(optim: OptimSettings) -> dict[str, float]:
-    """Learning rate of every part."""
+    """Learning rate of every part.
+
+    Differs: learned queries of proxies and their key projection go with ``proxyv_lr``; the rate
+    that the authors had for them is commented out, so they trained at ``lr``.
+    """
     rates = dict.fromkeys(PARTS, optim.lr)
     if optim.projector_lr is not None:
         rates["projector"] = rates["newline"] = optim.projector_lr
