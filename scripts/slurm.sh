@@ -24,6 +24,8 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 . scripts/env.sh
 ensure_env train # once, before every node would
 
+# Since Slurm 22.05 srun does not take over the number of cores: all ranks of a node would share one.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=1 bash "scripts/$stage.sh" "$@"
 code=$?
 if [ "$code" -eq 143 ]; then

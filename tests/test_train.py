@@ -475,6 +475,11 @@ def test_a_finished_run_is_not_replaced(two_stages, world, monkeypatch):
     settings = settings_for(world, **{"run.output_dir": two_stages["pretrain"]})
     with pytest.raises(ValueError, match=r"holds a finished run: .*run\.overwrite=true"):
         in_process(monkeypatch, settings)
+    folder = two_stages["pretrain"]
+    itself = {"model.init_from": folder, "run.output_dir": folder, "run.overwrite": True}
+    with pytest.raises(ValueError, match=r"also the run that this one starts from"):
+        in_process(monkeypatch, settings_for(world, "finetune", **itself))
+    assert (folder / "finished.json").is_file()
 
 
 def test_stage_two_refuses_what_does_not_fit(two_stages, world, tmp_path):

@@ -31,6 +31,9 @@ class ImagePipeline:
             ``image_sizes`` (N, 2).
         count_crops: (height, width) of an image to its number of crops, without decoding it.
         rows_per_crop: full tokens and the newline token of a crop.
+
+    Differs: the authors pad every image of a row with several to one crop; here each is cut as it
+    would be alone. Their data has no such row.
     """
 
     inputs: Callable[[list[Image.Image]], dict[str, Any]]

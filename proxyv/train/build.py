@@ -39,6 +39,7 @@ __all__ = [
     "output_folder",
     "resolve",
     "starting_folder",
+    "starting_folder_if_any",
 ]
 
 FINISHED = "finished.json"

@@ -41,6 +41,7 @@ from proxyv.train.build import (
     output_folder,
     resolve,
     starting_folder,
+    starting_folder_if_any,
 )
 from proxyv.train.checkpoints import Checkpoints, find_checkpoints
 from proxyv.train.config_files import settings_yaml
@@ -74,9 +75,15 @@ def check_output(settings: Settings) -> Path:
     """Say where the run goes.
 
     Raises:
-        ValueError: a finished run is there and may not be replaced.
+        ValueError: a finished run is there and may not be replaced, or this one starts from it.
     """
     folder = output_folder(settings)
+    start = starting_folder_if_any(settings)
+    if start is not None and start.resolve() == folder.resolve():
+        raise ValueError(
+            f"run.output_dir={folder} is also the run that this one starts from (model.init_from), "
+            "which it would replace: choose another folder"
+        )
     if (folder / FINISHED).is_file() and not settings.run.overwrite:
         raise ValueError(
             f"{folder} holds a finished run: set run.output_dir to another folder, or "
