@@ -202,6 +202,29 @@ def test_a_second_question_continues_a_shorter_cache() -> None:
     assert whole.tolist() == going_on.tolist()
 
 
+@pytest.mark.parametrize("arm", ["baseline", "learned late"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
+@torch.no_grad()
+def test_a_second_question_continues_a_cropped_cache(method, arm, generator) -> None:
+    """Guessed tokens that were wrong are cropped off the cache, by a user's hand too."""
+    model = reduced(method, arm)
+    ids, images = sample([3, "2", 12], model.config, generator)
+    ids[-12:] = torch.tensor([5, 6, 7, 8] * 3)  # repeats itself, so that there is much to guess
+    inputs = collate([(ids, images)])
+    more = torch.randint(3, 50, (1, 9), generator=generator)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def turns(cropped: int = 0, **guessing: int) -> list[int]:
+        first = model.generate(**inputs, **options, **guessing, return_dict_in_generate=True)
+        first.past_key_values.crop(-cropped)
+        whole = torch.cat([first.sequences, more], dim=1)
+        cache = {"attention_mask": torch.ones_like(whole), "past_key_values": first.past_key_values}
+        return model.generate(input_ids=whole, **cache, **options)[0].tolist()
+
+    assert turns(prompt_lookup_num_tokens=3) == turns()
+    assert turns(cropped=4) == turns()
+
+
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
 @torch.no_grad()
 def test_a_reduced_prompt_read_once_serves_several_continuations(method) -> None:

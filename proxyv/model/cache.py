@@ -89,12 +89,12 @@ class GrowingCache(DynamicCache):
     notes on it about the samples of the batch follows where samples are repeated or selected.
 
     Attributes:
-        proxyv_rows: rows of the whole sequence where a reduced prompt left fewer; ``note_stages``.
+        proxyv_left_out: rows of a reduced prompt that the first layer lacks; ``note_stages``.
         proxyv_full_rows: (B, past) which rows are full tokens; see ``remember_full_rows``.
         proxyv_stages: what decoding has to know of a reduced prompt; see ``note_stages``.
     """
 
-    proxyv_rows: int | None = None
+    proxyv_left_out: int | None = None
     proxyv_full_rows: Tensor | None = None
     proxyv_stages: tuple[Any, ...] | None = None
 

@@ -20,7 +20,6 @@ from proxyv.reduction.stages import (
     StageState,
     layer_stages,
     note_stages,
-    rows_read,
     run_layer,
     stage_mask,
     stages_of,
@@ -129,5 +128,5 @@ def _continue(
             rope = model.rotary_emb(hidden, position_ids=positions)
             mask = stage_mask(model, hidden, valid, past_key_values, index)
         hidden = run_layer(layer, hidden, mask, positions, rope, past_key_values, kwargs)
-    note_stages(past_key_values, new, (rows_read(past_key_values) or cached) + S)
+    note_stages(past_key_values, new)
     return model.norm(hidden)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from proxyv.model.window import past_length
 from proxyv.reduction.base import DecoderReduction
 
 __all__ = [
@@ -50,8 +51,13 @@ def stages_of(past_key_values: Cache | None) -> tuple[StageState, ...] | None:
 
 
 def rows_read(past_key_values: Cache | None) -> int | None:
-    """Rows of the whole sequence that such a cache stands for, padding included; else None."""
-    return getattr(past_key_values, "proxyv_rows", None)
+    """Rows of the whole sequence that such a cache stands for, padding included; else None.
+
+    They follow from what the cache holds now, which may be less than was read into it:
+    generation with guessed tokens crops those that were wrong.
+    """
+    left_out = getattr(past_key_values, "proxyv_left_out", None)
+    return None if left_out is None else past_length(past_key_values) + left_out
 
 
 def layer_stages(method: DecoderReduction | None, num_layers: int) -> list[int]:
@@ -60,11 +66,22 @@ def layer_stages(method: DecoderReduction | None, num_layers: int) -> list[int]:
     return [sum(drop.before <= layer for drop in drops) for layer in range(num_layers)]
 
 
-def note_stages(past_key_values: Cache | None, stages: Sequence[StageState], num_rows: int) -> None:
-    """Write on a cache what decoding will ask for: its stages, and the rows it stands for."""
-    if past_key_values is not None:
-        past_key_values.proxyv_stages = tuple(stages)  # type: ignore[attr-defined]
-        past_key_values.proxyv_rows = num_rows  # type: ignore[attr-defined]
+def note_stages(
+    past_key_values: Cache | None, stages: Sequence[StageState], num_rows: int | None = None
+) -> None:
+    """Write on a cache what decoding will ask for.
+
+    Args:
+        past_key_values: the cache, after the rows were read into it.
+        stages: of its layers.
+        num_rows: rows of the prompt, some of which the first layer may not hold; None behind it.
+    """
+    if past_key_values is None:
+        return
+    past_key_values.proxyv_stages = tuple(stages)  # type: ignore[attr-defined]
+    if num_rows is not None:
+        left_out = num_rows - past_length(past_key_values)
+        past_key_values.proxyv_left_out = left_out  # type: ignore[attr-defined]
 
 
 def stage_mask(
