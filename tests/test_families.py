@@ -63,6 +63,18 @@ def test_generation_with_the_cache_equals_recomputation(family, generator) -> No
 
 
 @pytest.mark.parametrize("family", sorted(TEXT))
+def test_generation_with_a_cache_of_fixed_size_is_the_same(family, generator) -> None:
+    """Families with kinds of layers get their prepared masks as a dictionary, text alone too."""
+    model = family_model(family)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for parts in (([2, "2", 3], [1, "1", 2, "1"]), ([5], [3])):
+        inputs = collate([sample(list(each), model.config, generator) for each in parts], "left")
+        chosen = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+        expected = model.generate(**inputs, **chosen)
+        assert torch.equal(model.generate(**inputs, **chosen, **static), expected)
+
+
+@pytest.mark.parametrize("family", sorted(TEXT))
 def test_the_baseline_is_the_stock_model_and_layers_keep_their_family(family) -> None:
     model = family_model(family).model.language_model
     stock = AutoModel.from_config(model.config).eval()

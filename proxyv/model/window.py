@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,16 +120,17 @@ def _covered(attention_mask: Tensor, past: int, length: int) -> Tensor:
 
 def plain_rows(
     embeds: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Any, Tensor | None]:
     """Mask and positions of rows without images, for the stock model.
 
     A mask that hides nothing a real row could see is dropped; positions of rows padded on the
-    left are counted over real tokens. Prepared masks and decoding steps are left as they are.
+    left are counted over real tokens. Prepared masks, which families with several kinds of layers
+    get as a dictionary of them, and decoding steps are left as they are.
     """
-    if attention_mask is None or attention_mask.dim() != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return attention_mask, position_ids
     past = past_length(past_key_values)
     if past and position_ids is not None:
