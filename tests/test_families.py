@@ -132,6 +132,34 @@ def test_a_sliding_window_is_refused_where_images_need_all_rows(family) -> None:
     assert family_model(family, text={"sliding_window": 8}, start_layer=None)
 
 
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"layout": "released"}, "layout to 'natural'"),
+        ({"reduction": {"method": "fastv", "layer": 1}}, "reduction to null"),
+        ({"reduction": {"method": "prumerge"}}, "reduction to null"),
+    ],
+)
+def test_a_baseline_whose_masks_know_no_sliding_window_refuses_one(options, change) -> None:
+    with pytest.raises(ValueError, match=rf"sliding_window=8 .*null, or {change}"):
+        family_model("mistral", text={"sliding_window": 8}, start_layer=None, **options)
+    assert family_model("mistral", text={"sliding_window": None}, start_layer=None, **options)
+
+
+def test_a_reduction_before_the_decoder_leaves_a_sliding_window_in_force() -> None:
+    logits = []
+    for window in (6, None):
+        model = family_model(
+            "mistral", text={"sliding_window": window}, start_layer=None,
+            reduction={"method": "average_pool", "block": 2},
+        )  # fmt: skip
+        inputs = collate([sample([3, "1", 12], model.config, torch.Generator().manual_seed(0))])
+        with torch.no_grad():
+            logits.append(model(**inputs, use_cache=False).logits[0])
+    torch.testing.assert_close(logits[0][:6], logits[1][:6], **CLOSE)
+    assert float((logits[0][-1] - logits[1][-1]).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("family", sorted(TEXT))
 def test_every_parameter_learns(family, generator) -> None:
     model = family_model(family).train()

@@ -162,7 +162,8 @@ def build_language_model(text_config: PreTrainedConfig, options: DecoderOptions)
         options: what ProxyV adds.
 
     Raises:
-        ValueError: no family of that name, or a sliding window, which would hide image rows.
+        ValueError: no family of that name, or a sliding window where it would hide image rows, or
+            where our own masks would ignore it.
     """
     model = FAMILIES.get(text_config.model_type)
     if model is None:
@@ -170,10 +171,22 @@ def build_language_model(text_config: PreTrainedConfig, options: DecoderOptions)
             f"text_config.model_type={text_config.model_type!r} has no ProxyV layers: use one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    window = getattr(text_config, "sliding_window", None)
-    if window is not None and options.start_layer is not None:
+    _refuse_window(getattr(text_config, "sliding_window", None), options)
+    return model._from_config(text_config, options=options)
+
+
+def _refuse_window(window: int | None, options: DecoderOptions) -> None:
+    """Refuse a sliding window in a model whose layers do not all get the stock masks."""
+    if window is None:
+        return
+    if options.start_layer is not None:
         raise ValueError(
             f"text_config.sliding_window={window} would hide image rows from the text: set it to "
             "null, or start_layer to null for the baseline"
         )
-    return model._from_config(text_config, options=options)
+    if options.released or options.reduction is not None or options.image_decides:
+        change = "layout to 'natural'" if options.released else "reduction to null"
+        raise ValueError(
+            f"text_config.sliding_window={window} would be ignored by the masks that this model "
+            f"needs for its image rows: set it to null, or {change}"
+        )

@@ -30,6 +30,7 @@ class DecoderOptions:
         learned_proxies: learned proxies of each crop; None for spatial ones.
         reduction: a method that drops rows inside the decoder; None for none.
         skip: what full tokens go without, see ``skipping.py``; None for proxies.
+        image_decides: it depends on the image how many rows of a crop hold a token.
     """
 
     start_layer: int | None
@@ -40,6 +41,7 @@ class DecoderOptions:
     learned_proxies: int | None = None
     reduction: DecoderReduction | None = None
     skip: str | None = None
+    image_decides: bool = False
 
     @classmethod
     def of(cls, config: Any) -> DecoderOptions:
@@ -54,6 +56,7 @@ class DecoderOptions:
             learned_proxies=config.proxies_per_crop if config.proxy_kind == "learned" else None,
             reduction=method if method is not None and method.stage == "decoder" else None,
             skip=config.skip,
+            image_decides=config.image_decides,
         )
 
 
