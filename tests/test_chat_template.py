@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from small_model import CROP_PX, PATCH_PX, character_tokenizer, save_small_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
@@ -103,6 +104,24 @@ def test_a_batch_of_chats_with_and_without_images(tmp_path) -> None:
     tokens = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert tokens == [17, 0, 17] and inputs["num_crops"].tolist() == [1, 1]
     assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][1, -1] == 1
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_system_message_is_one_text_in_either_form_or_refused(name) -> None:
+    processor = processor_of(character_tokenizer(), name)
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    user = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+
+    def written(content: str | list[dict[str, str]]) -> str:
+        return processor.apply_chat_template([{"role": "system", "content": content}, user])
+
+    if TEMPLATES[name].system:
+        assert written(parts) == written("Be brief.")
+        assert "Be brief." in written(parts) and "{" not in written(parts)
+        return
+    for content in ("Be brief.", parts):
+        with pytest.raises(TemplateError, match=f"'{name}' has no place for a system message"):
+            written(content)
 
 
 def test_the_saved_processor_keeps_its_template(tmp_path) -> None:

@@ -99,12 +99,13 @@ class Template:
         Where words come right after the beginning, a space stands before them: it is what a
         sentencepiece tokenizer puts there by itself, but not behind a control token in a text.
         """
-        system = ""
+        refusal = repr(f"template {self.name!r} has no place for a system message")
+        system = "{{ raise_exception(" + refusal + ") }}"
         if self.system:
             default = repr(self.default_system or "")
             system = "{% set content = " + default + " %}" + _SYSTEM + _jinja(self.system)
-            if self.default_system is None:
-                system = "{% if messages[0]['role'] == 'system' %}" + system + "{% endif %}"
+        if self.default_system is None:
+            system = "{% if messages[0]['role'] == 'system' %}" + system + "{% endif %}"
         first = next(iter((*self.start[1:], *self.system, *self.user)))
         begin = _jinja(self.start)
         if self.start and not isinstance(first, Control) and first is not IMAGES:
@@ -123,16 +124,19 @@ class Template:
         )
 
 
-_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{% set content = messages[0]['content'] %}{% endif %}"
-)
-_CONTENT = (
-    "{% set content = message['content'] %}{% if content is not string %}"
+_JOINED = (  # content that comes in parts, as one text
+    "{% if content is not string %}"
     "{% set parts = namespace(text='') %}{% for item in content %}"
     "{% set media = item['type'] in ('image', 'video') %}"
     "{% set piece = '<' ~ item['type'] ~ '>\\n' if media else item['text'] %}"
     "{% set parts.text = parts.text + piece %}"
     "{% endfor %}{% set content = parts.text %}{% endif %}"
+)
+_CONTENT = "{% set content = message['content'] %}" + _JOINED
+_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set content = messages[0]['content'] %}"
+    + _JOINED
+    + "{% endif %}"
 )
 
 
