@@ -160,7 +160,13 @@ class ProxyVConfig(LlavaNextConfig):
 
     @property
     def proxy_block(self) -> int | None:
-        """Side of the blocks in whose middles proxies sit; None where their positions count on."""
+        """Side of the blocks in whose middles proxies sit.
+
+        None where their positions count on, and for models without proxies, which ignore this as
+        they do the other options of proxies.
+        """
+        if self.start_layer is None or self.skip is not None:
+            return None
         return self.side_reduction if self.proxy_positions == "block" else None
 
     @property

@@ -426,6 +426,22 @@ def test_a_mask_may_go_on_behind_the_rows(side, generator) -> None:
         assert torch.equal(plain, longer)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip": "atn"},
+        {"skip": "atn_ffn"},
+        {"start_layer": None},
+        {"start_layer": None, "reduction": {"method": "visionzip", "dominant": 5, "contextual": 3}},
+    ],
+)
+def test_where_proxies_sit_means_nothing_to_a_model_without_them(options, generator) -> None:
+    models = [tiny_model(proxy_positions=kind, **options) for kind in ("consecutive", "block")]
+    inputs = collate([sample([3, "2", 4], models[0].config, generator)])
+    with torch.no_grad():
+        assert torch.equal(*(model(**inputs).logits for model in models))
+
+
 def test_text_only_batches(generator) -> None:
     model = tiny_model(start_layer=0)
     samples = [sample([n], model.config, generator) for n in (5, 3)]
