@@ -234,6 +234,19 @@ def test_every_option_comes_back_from_the_authors_form_or_is_refused(option) -> 
     assert back.proxies_per_crop == config.proxies_per_crop
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"hidden_act": "gelu"}, {"num_attention_heads": 8}, {"layer_norm_eps": 1e-6}],
+    ids=lambda other: next(iter(other), "none"),
+)
+def test_only_the_very_tower_of_the_authors_is_left_to_its_name(other) -> None:
+    """Towers of the same sizes compute otherwise with another activation, heads or epsilon."""
+    known = LlavaNextConfig().vision_config.to_dict()
+    raw = to_released_config(tiny_config(vision={**known, **other}), "pad")
+    assert ("proxyv_vision_config" in raw) == bool(other)
+    assert {name: raw["proxyv_vision_config"][name] for name in other} == other
+
+
 def test_a_model_with_a_method_comes_back_with_it(tmp_path, inputs) -> None:
     """Answers too: the processor of the authors' form reserves what the method leaves."""
     method = {"method": "visionzip", "dominant": 5, "contextual": 3}

@@ -426,4 +426,5 @@ def _vision_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 def _is_clip_l_336(vision: PreTrainedConfig) -> bool:
     known: Any = LlavaNextConfig().vision_config
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-    return all(getattr(vision, size) == getattr(known, size) for size in sizes)
+    rules = ("num_attention_heads", "hidden_act", "layer_norm_eps")  # weights do not show these
+    return all(getattr(vision, name) == getattr(known, name) for name in (*sizes, *rules))
