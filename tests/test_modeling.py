@@ -507,6 +507,17 @@ def test_inputs_that_do_not_fit_are_refused(change, words, generator) -> None:
         assert word in str(error.value)
 
 
+def test_features_that_do_not_fill_the_image_tokens_are_refused(generator) -> None:
+    model = tiny_model()
+    inputs = collate([sample([2, "2", 3], model.config, generator)])
+    halves = torch.nn.AvgPool2d((2, 1))
+    model.model.multi_modal_projector = torch.nn.Sequential(
+        model.model.multi_modal_projector, halves
+    )
+    with pytest.raises(ValueError, match=r"\[18\] rows of features for \[34\] image tokens"):
+        model(**inputs)
+
+
 def test_saving_and_loading_by_the_auto_class(tmp_path, generator) -> None:
     model = tiny_model(start_layer=1)
     inputs = collate([sample([2, "2", 3], model.config, generator)])

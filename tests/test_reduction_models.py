@@ -418,6 +418,24 @@ def test_calls_that_cannot_be_are_refused() -> None:
         zipped(**batch, pool_sizes=pools)
 
 
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"method": "average_pool", "block": 1},
+        {"method": "downsample", "side": 4},
+        {"method": "tokenpacker", "scale": 1, "heads": 2},
+    ],
+    ids=lambda mapping: mapping["method"],
+)
+@torch.no_grad()
+def test_methods_that_leave_every_token_refuse_pooled_frames_as_others_do(mapping) -> None:
+    model = tiny_model(reduction=mapping)
+    frames = media_batch([media_sample(["v2", 3], model.config, torch.Generator())], "right")
+    with pytest.raises(ValueError, match=rf"pool_sizes=\[2\] .*'{mapping['method']}'"):
+        model(**frames)
+    assert model(**collate(samples(model.config))).logits.isfinite().all()
+
+
 def test_keeping_rows_of_a_layout_is_laying_out_what_is_left() -> None:
     """Dropping keeps every index pointing at the same token, whatever the padding."""
     config = tiny_config(**ARMS["learned"])

@@ -61,12 +61,14 @@ class ImageGrid:
         num_tokens: rows of the sequence, newlines included, the same number for every crop.
         crop_tokens: full tokens of each crop, where they are fewer than its rows hold; the rows
             behind them, up to the newline, stay empty. None fills all rows.
+        pool_size: patches a side that are averaged to one token before the projector.
     """
 
     num_crops: int
     side: int | None
     num_tokens: int
     crop_tokens: tuple[int, ...] | None = None
+    pool_size: int = 1
 
     @property
     def rows_per_crop(self) -> int:
@@ -210,19 +212,20 @@ def image_grids(
     pools = [1] * images if pool_sizes is None else pool_sizes.tolist()
     if len(pools) != images:
         raise ValueError(f"pool_sizes={pools} does not fit {images} images: give one number each")
-    if config.crop_side != config.side or config.crop_tokens != config.side**2:
+    method = config.reduction_method
+    if method is not None and method.stage != "decoder":
         return _reduced_grids(config, counts, pools)
     sides = [pooled_side(config.side, pool) for pool in pools]
     for side in sides:
         config.check_crop_side(side)
     return [
-        ImageGrid(count, side, num_image_tokens(count, side))
-        for count, side in zip(counts, sides, strict=True)
+        ImageGrid(count, side, num_image_tokens(count, side), pool_size=pool)
+        for count, side, pool in zip(counts, sides, pools, strict=True)
     ]
 
 
 def _reduced_grids(config: Any, counts: list[int], pools: list[int]) -> list[ImageGrid]:
-    """As ``image_grids``, where a method leaves fewer tokens of a crop before the decoder."""
+    """As ``image_grids``, where a method reduces crops before the decoder."""
     if any(pool != 1 for pool in pools):
         raise ValueError(
             f"pool_sizes={pools} cannot go with reduction method "

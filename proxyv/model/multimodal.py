@@ -143,6 +143,7 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             return self._touch_unused(inputs_embeds), None, None
         images: Any = self.get_image_features(pixel_values, **options)
         layout = self._lay_out(images.grids, image_mask, attention_mask, past)
+        _check_rows(images.pooler_output, images.grids)
         features = torch.cat(images.pooler_output).to(inputs_embeds)
         return inputs_embeds.masked_scatter(image_mask[..., None], features), layout, features
 
@@ -210,3 +211,16 @@ class ProxyVModel(ImageFeaturesMixin, LlavaNextModel):  # type: ignore[misc]
             crop = self.image_newline.new_zeros(shape, dtype=self.vision_tower.dtype)
             unused.append(self.multi_modal_projector(crop).sum())
         return embeds + 0 * torch.stack(unused).sum().to(embeds) if unused else embeds
+
+
+def _check_rows(images: Sequence[Tensor], grids: Sequence[ImageGrid]) -> None:
+    """Refuse features (rows, D) of each image that do not fill its tokens one by one.
+
+    Scattered all the same, they would stand at the tokens of other crops and images.
+    """
+    given, wanted = [len(image) for image in images], [grid.num_tokens for grid in grids]
+    if given != wanted:
+        raise ValueError(
+            f"images have {given} rows of features for {wanted} image tokens: the projector must "
+            "give one row for each patch that it gets, and a reduction as many as it declares"
+        )

@@ -163,17 +163,15 @@ class ImageFeaturesMixin:
     def _project(self, features: Tensor, grids: Sequence[ImageGrid]) -> list[Tensor]:
         """(crops, n, width) to (C, n', D) for each image, in one call of the projector."""
         counts = [grid.num_crops for grid in grids]
-        sides = [grid.side or self.config.side for grid in grids]
-        pools = self.reduction is None or self.reduction.stage == "decoder"
-        if pools and any(side != self.config.side for side in sides):
-            pooled = [
-                _pool(image, self.config.side // side)
-                for image, side in zip(features.split(counts), sides, strict=True)
-            ]
-            rows = self.multi_modal_projector(torch.cat([image.flatten(0, 1) for image in pooled]))
-            images = rows.split([n * side**2 for n, side in zip(counts, sides, strict=True)])
-            return [image.unflatten(0, (n, -1)) for n, image in zip(counts, images, strict=True)]
-        return list(self.multi_modal_projector(features).split(counts))
+        if all(grid.pool_size == 1 for grid in grids):
+            return list(self.multi_modal_projector(features).split(counts))
+        pooled = [
+            _pool(image, grid.pool_size)
+            for image, grid in zip(features.split(counts), grids, strict=True)
+        ]
+        rows = self.multi_modal_projector(torch.cat([image.flatten(0, 1) for image in pooled]))
+        images = rows.split([image.shape[0] * image.shape[1] for image in pooled])
+        return [image.unflatten(0, (n, -1)) for n, image in zip(counts, images, strict=True)]
 
 
 def _check_patches(features: Tensor, side: int, strategy: str) -> None:
