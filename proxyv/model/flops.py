@@ -171,7 +171,8 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
         ValueError: a packing whose tokens do not follow from the crops.
 
     Source: paper section 4. Differs: the paper prints figures only; this formula is the one that
-        gives them.
+        gives them. Its 2.5 D h stands for the guided update's 2 D h + 2 h^2 of a full token, which
+        is exact where h = D/4, as in the paper's models; ``run_flops`` is exact for any h.
     """
     shape = _Shape.of(config, row)
     layers = config.text_config.num_hidden_layers
