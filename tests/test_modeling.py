@@ -553,6 +553,27 @@ def test_a_checkpoint_of_another_variant_is_refused(options, words, tmp_path) ->
 
 
 @pytest.mark.parametrize("load", [ProxyVForConditionalGeneration, AutoModelForImageTextToText])
+@pytest.mark.parametrize(
+    ("option", "same", "other"), [("learned_proxies", 4, 3), ("guided_ratio", 0.5, 0.25)]
+)
+def test_a_number_that_followed_from_the_rest_may_be_named(
+    option, same, other, load, tmp_path
+) -> None:
+    model = tiny_model(start_layer=1, proxy_kind="learned")
+    model.save_pretrained(tmp_path)
+    loaded = load.from_pretrained(tmp_path, **{option: same})
+    assert getattr(loaded.config, option) == same
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    for value in (other, "many"):
+        with pytest.raises(ValueError, match=f"{option}={value!r} .*saved with {option}=None"):
+            load.from_pretrained(tmp_path, **{option: value})
+    loaded.save_pretrained(tmp_path / "named")
+    again = load.from_pretrained(tmp_path / "named", **{option: None})
+    assert getattr(again.config, option) is None
+
+
+@pytest.mark.parametrize("load", [ProxyVForConditionalGeneration, AutoModelForImageTextToText])
 def test_a_reduction_leaves_a_saved_model_its_learned_proxies(load, tmp_path, generator) -> None:
     """Built with half of the tokens a model has half of the proxies; a saved one keeps its own."""
     drop = {"method": "random_drop", "tokens": 8}

@@ -73,6 +73,7 @@ def is_release(name: str | Path, **hub_options: Any) -> bool:
 def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
     """Refuse options under which the ProxyV modules of a saved model would be others.
 
+    A number may be named where it was left to follow from the rest, if it is the one that follows.
     A baseline may be loaded with any start layer: all of its ProxyV modules are new then.
 
     Args:
@@ -91,11 +92,26 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
         found = raw.get(option, getattr(ProxyVConfig, option))
         wanted = getattr(config, option) if isinstance(config, ProxyVConfig) else found
         wanted = options.get(option, wanted)
-        if wanted != found:
+        if wanted != found and not _same_size(raw, option, wanted):
             raise ValueError(
                 f"{option}={wanted!r} does not fit the weights of {name}, which were "
                 f"saved with {option}={found!r}: leave it out, or load another model"
             )
+
+
+def _same_size(raw: Mapping[str, Any], option: str, wanted: Any) -> bool:
+    """Whether modules of a saved model have the same sizes with another value of an option."""
+    size = {"learned_proxies": "proxies_per_crop", "guided_ratio": "guided_width"}.get(option)
+    if size is None:
+        return False
+    saved: Any = ProxyVConfig.from_dict(raw)
+    changed = copy.deepcopy(saved)
+    setattr(changed, option, wanted)
+    try:
+        changed.check_options()
+    except ValueError:  # what no model can have, this one has not either
+        return False
+    return bool(getattr(changed, size) == getattr(saved, size))
 
 
 def keep_learned_proxies(name: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
