@@ -531,3 +531,20 @@ def test_the_card_names_the_settings(tmp_path) -> None:
     assert "from decoder layer 2 of 4 on" in " ".join(text.split())
     assert card.data.tags == ["proxyv"] and card.data.library_name == "transformers"
     assert "without proxies" in model_card(tiny_model(start_layer=None).config, "x").text
+
+
+@pytest.mark.parametrize(
+    ("reduction", "kept", "tokens"),
+    [
+        (None, "keeps every vision token", "16"),
+        ({"method": "tokenpacker", "scale": 2, "heads": 2}, "tokens (tokenpacker)", "4"),
+        ({"method": "prumerge"}, "tokens (prumerge)", "at most 16"),
+        ({"method": "fastv", "layer": 1}, "tokens (fastv)", "at most 16"),
+    ],
+)
+def test_the_card_counts_the_tokens_that_a_reduction_leaves(reduction, kept, tokens) -> None:
+    options = {"proxy_kind": "learned", "learned_proxies": 3, "reduction": reduction}
+    text = " ".join(model_card(tiny_config(**options), "x").text.split())
+    assert ("keeps every vision token" in text) == (reduction is None) and kept in text
+    assert f"computes with 3 proxy tokens for {tokens} tokens of a crop" in text
+    assert f"| `crop` | 16 px, 4 x 4 patches, {tokens} tokens |" in text

@@ -27,9 +27,9 @@ processor = AutoProcessor.from_pretrained("{name}")
 ```
 """
 _PROXYV = (
-    "A vision-language model of the LLaVA-NeXT kind that keeps every vision token and, from "
-    "decoder layer {start} of {layers} on, computes with {proxies} proxy tokens for the {full} "
-    "tokens of a crop (ProxyV, [arXiv 2505.15816](https://arxiv.org/abs/2505.15816))."
+    "A vision-language model of the LLaVA-NeXT kind that {keeps} and, from decoder layer {start} "
+    "of {layers} on, computes with {proxies} proxy tokens for {full} tokens of a crop (ProxyV, "
+    "[arXiv 2505.15816](https://arxiv.org/abs/2505.15816))."
 )
 _SKIPPING = (
     "A vision-language model of the LLaVA-NeXT kind in which, from decoder layer {start} of "
@@ -62,12 +62,14 @@ def model_card(config: Any, name: str) -> ModelCard:
         what = _PROXYV.format(
             start=config.start_layer,
             layers=text.num_hidden_layers,
+            keeps=_keeps(config),
             proxies=config.proxies_per_crop,
-            full=config.side**2,
+            full=_full_tokens(config),
         )
     shown = {option: getattr(config, option) for option in OPTIONS}
     shown |= {"language model": f"{text.model_type}, width {text.hidden_size}"}
-    shown |= {"crop": f"{config.vision_config.image_size} px, {config.side} x {config.side} tokens"}
+    pixels, patches = config.vision_config.image_size, f"{config.side} x {config.side} patches"
+    shown |= {"crop": f"{pixels} px, {patches}, {_full_tokens(config)} tokens"}
     rows = "\n".join(
         f"| `{key}` | {'null' if value is None else value} |" for key, value in shown.items()
     )
@@ -77,6 +79,19 @@ def model_card(config: Any, name: str) -> ModelCard:
     title = name.rstrip("/").rpartition("/")[2] or name
     body = _TEXT.format(title=title, what=what, rows=rows, name=name)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _keeps(config: Any) -> str:
+    """What becomes of the vision tokens before proxies stand for them."""
+    method = config.reduction_method
+    return "keeps every vision token" if method is None else f"reduces vision tokens ({method.name})"
+
+
+def _full_tokens(config: Any) -> str:
+    """Full tokens of a crop; an upper limit where the image or a decoder layer decides."""
+    method = config.reduction_method
+    fixed = method is None or not (config.image_decides or method.stage == "decoder")
+    return str(config.crop_tokens) if fixed else f"at most {config.crop_tokens}"
 
 
 class ModelCardMixin:
