@@ -225,6 +225,39 @@ def test_a_second_question_continues_a_cropped_cache(method, arm, generator) -> 
     assert turns(cropped=4) == turns()
 
 
+@pytest.mark.parametrize("arm", ["baseline", "learned late"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
+@torch.no_grad()
+def test_positions_may_begin_anywhere(method, arm) -> None:
+    """Rotary positions are relative: what matters is that no layer and no step forgets the start."""
+    model = reduced(method, arm)
+    batch = collate(samples(model.config), "left")
+    S, more = batch["input_ids"].shape[1], torch.full((3, 4), 9)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    found = []
+    for start in (0, 7):
+        given = {"position_ids": positions[:, :S] + start, "use_cache": True}
+        cache = model(**batch, **given).past_key_values
+        given = {"position_ids": positions[:, S:] + start, "past_key_values": cache}
+        found.append(model(input_ids=more, attention_mask=mask, **given).logits)
+    torch.testing.assert_close(*found, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_gaps_between_positions_stay_where_the_image_decides() -> None:
+    model = reduced("prumerge", "learned")
+    batch = collate(samples(model.config)[:1])
+    S = batch["input_ids"].shape[1]
+    positions = torch.arange(S)[None]
+    plain, even, wide = (
+        model(**batch, position_ids=ids).logits[0, -4:]
+        for ids in (None, positions, positions + 20 * (positions >= S - 4))
+    )
+    torch.testing.assert_close(even, plain, atol=2e-4, rtol=1e-4)
+    assert float((wide - plain).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
 @torch.no_grad()
 def test_a_reduced_prompt_read_once_serves_several_continuations(method) -> None:

@@ -79,6 +79,7 @@ class Prompt:
         self.layout = None if proxies is None else proxies.layout
         counted = rows.valid if empty is None else rows.valid | empty
         self.counted = counted.sum(dim=1, keepdim=True)  # (B, 1) rows as the caller counts them
+        self.shift = self.counted - rows.valid.sum(dim=1, keepdim=True)
         if self.layout is not None:
             self.anchors = rows.positions.gather(1, self.layout.proxy_anchor)
         self.streams: Streams | None = None
@@ -86,7 +87,7 @@ class Prompt:
         if empty is None:
             self._new_stage(renumbered=False)
         else:
-            self.drop(rows.valid, renumber=True)
+            self.drop(rows.valid, renumber=False)  # their positions leave empty rows out already
 
     def read(
         self, hidden_states: list[Tensor] | None, kwargs: dict[str, Any]
@@ -151,10 +152,9 @@ class Prompt:
 
     def _new_stage(self, renumbered: bool) -> None:
         """Note which rows the next layers have, and what to take from a position."""
-        shift = self.counted - self.rows.valid.sum(dim=1, keepdim=True)
-        if not renumbered:
-            shift = self.stages[-1].shift if self.stages else shift * 0
-        self.stages.append(StageState(self.rows.valid, shift))
+        if renumbered:
+            self.shift = self.counted - self.rows.valid.sum(dim=1, keepdim=True)
+        self.stages.append(StageState(self.rows.valid, self.shift))
         some = self.hidden.main if isinstance(self.hidden, SplitRows) else self.hidden
         self.rope = self.model.rotary_emb(some, position_ids=self.rows.positions)
         self.mask, self.streams = None, None

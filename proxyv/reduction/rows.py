@@ -93,7 +93,7 @@ class Rows:
 
         Args:
             kept: (B, S) True at rows that stay; the judging rows must stay.
-            renumber: count positions anew from 0, instead of keeping them.
+            renumber: count positions anew from the first row's, instead of keeping them.
 
         Returns:
             The rows left, and the index (B, S') of each in the rows before; padding points at
@@ -110,7 +110,10 @@ class Rows:
         new_place = torch.zeros_like(self.origin).scatter(
             1, index, torch.arange(length, device=index.device).expand_as(index)
         )
-        positions = count_positions(valid) if renumber else self.positions.gather(1, index)
+        positions = self.positions.gather(1, index)
+        if renumber:
+            first = self.valid.int().argmax(dim=1, keepdim=True)
+            positions = count_positions(valid) + self.positions.gather(1, first)
         rows = dataclasses.replace(
             self,
             valid=valid,
