@@ -143,7 +143,8 @@ def test_the_paper_formula_by_hand():
     S = F + L
     linear = 2 * (2 * D**2 + 2 * D * Dkv + 3 * D * ffn)
     ordinary = S * linear + 4 * S**2 * D
-    proxyv = 2 * F * 2 * D * Dkv + 5 * F * D * h + 2 * P * D * h
+    update = D * h + 2 * h * h + h * D  # into, merge of two of width h, out of it
+    proxyv = 2 * F * 2 * D * Dkv + 2 * F * update + 2 * P * D * h
     proxyv += (P + L) * linear + 4 * (P + L) * (S + P) * D
     row = RowTokens(crops=2, text=7)
     assert paper_flops(config, row) == ordinary + (layers - 1) * proxyv

@@ -164,15 +164,15 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
 
     Returns:
         FLOPs of a prefill: for an ordinary layer 2S(2D^2+2D Dkv+3DI) + 4S^2 D, for a ProxyV layer
-        2F(2D Dkv) + 2F(2.5 D h) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D. Without
-        proxies, "atn" costs 2F(D^2+3DI) and "atn_ffn" 2F(2D h) in place of the guided update.
+        2F(2D Dkv) + 2F(2D h + 2h^2) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D, where
+        2D h + 2h^2 is 2.5 D h for the paper's h = D/4. Making learned proxies is not counted.
+        Without proxies, "atn" costs 2F(D^2+3DI) and "atn_ffn" 2F(2D h) in place of the guided update.
 
     Raises:
         ValueError: a packing whose tokens do not follow from the crops.
 
     Source: paper section 4. Differs: the paper prints figures only; this formula is the one that
-        gives them. Its 2.5 D h stands for the guided update's 2 D h + 2 h^2 of a full token, which
-        is exact where h = D/4, as in the paper's models; ``run_flops`` is exact for any h.
+        gives them.
     """
     shape = _Shape.of(config, row)
     layers = config.text_config.num_hidden_layers
@@ -200,7 +200,7 @@ def _paper_proxyv(config: Any, shape: _Shape, fused_qkv: bool) -> int:
     main = shape.proxies + shape.light
     inner = shape.full * shape.keys(fused=fused_qkv) + main * shape.linear()
     if config.skip is None:
-        inner += 5 * shape.full * shape.width * shape.hidden
+        inner += 4 * shape.full * shape.hidden * (shape.width + shape.hidden)
         inner += 2 * shape.proxies * shape.width * shape.hidden
     else:
         inner += shape.full * shape.skipping(config.skip)
