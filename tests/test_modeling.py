@@ -354,6 +354,22 @@ def test_chat_goes_on_with_the_cache_and_a_new_image(generator) -> None:
     assert int(got[0, len(turn)]) == int(expected)
 
 
+def test_beams_go_on_with_the_cache_and_a_new_image(generator) -> None:
+    """Of a cache whose samples were repeated for them; a model whose cache holds all there is."""
+    model = tiny_model(start_layer=None)
+    rows = [sample([1, "1", each, "2", 4], model.config, generator) for each in (3, 7)]
+    whole = collate(rows, "left")
+    openings = collate([(ids[:-38], images[:1]) for ids, images in rows], "left")
+    for most in ({"num_beams": 3, "do_sample": False}, {"num_beams": 2, "num_return_sequences": 2}):
+        chosen = {"max_new_tokens": 4, "min_new_tokens": 4, **most}
+        with torch.no_grad():
+            cache = model(**openings, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(most["num_beams"])
+        images = {name: whole[name][1::2] for name in ("pixel_values", "num_crops")}
+        got = model.generate(**{**whole, **images}, **chosen, past_key_values=cache)
+        assert torch.equal(got, model.generate(**whole, **chosen))
+
+
 def test_a_stock_cache_of_another_batch_is_refused(generator) -> None:
     """Which knows nothing of what the model has noted on it."""
     model = tiny_model()

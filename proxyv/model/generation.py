@@ -17,6 +17,7 @@ from proxyv.model.cache import GrowingCache
 from proxyv.model.crops import image_grids
 from proxyv.model.image_spans import find_images
 from proxyv.model.vision import IMAGE_INPUTS
+from proxyv.model.window import past_length
 from proxyv.reduction.rows import last_rows
 from proxyv.reduction.stages import rows_read
 
@@ -128,9 +129,13 @@ class ImageGenerationMixin:
         images: dict[str, Any],
         model_kwargs: dict[str, Any],
     ) -> Tensor:
-        """Image of each image slot after every row was repeated ``expand_size`` times."""
+        """Image of each image slot after every row was repeated ``expand_size`` times.
+
+        Images are those of the rows that are new: earlier ones are in the cache.
+        """
         embeds = model_kwargs.get("inputs_embeds")  # ``input_ids`` is empty beside them
         mask = self.model.image_mask(input_ids if embeds is None else None, embeds)
+        mask = mask[:, past_length(model_kwargs.get("past_key_values")) :]
         pixel_values = images["pixel_values"]
         assert pixel_values is not None
         grids = image_grids(self.config, **images)
