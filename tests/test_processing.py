@@ -217,6 +217,7 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path) -> None:
         ({"text": [["nested"]]}, ["text is a list", "list of strings"]),
         ({"text": "a", "videos": [[1]]}, ["0 <video>", "1 videos were given"]),
         ({"text": "<video>", "videos": 3}, ["a video is a int", "list of frames"]),
+        ({"text": "<video>", "videos": np.zeros((0, 5, 5, 3))}, ["(0, 5, 5, 3)", "0 frames"]),
         ({"text": "a", "audio": [1]}, ["audio was given"]),
         (
             {"text": "<image>", "images": picture(5, 5), "truncation": True, "max_length": 9},

@@ -95,9 +95,14 @@ def flatten_videos(videos: Any) -> list[Sequence[Any]]:
     """A flat list of videos from nested lists of them.
 
     Raises:
-        ValueError: something that is no video.
+        ValueError: something that is no video, or an array of no frames. An empty list is no video
+            that lacks its frames, but a text's list of none.
     """
     if getattr(videos, "ndim", 0) == 4:
+        if not len(videos):
+            raise ValueError(
+                f"a video is an array {tuple(videos.shape)} of 0 frames: give at least one frame"
+            )
         return [videos]
     if not isinstance(videos, list | tuple):
         raise ValueError(
