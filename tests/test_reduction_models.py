@@ -229,7 +229,7 @@ def test_a_second_question_continues_a_cropped_cache(method, arm, generator) -> 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "prumerge"])
 @torch.no_grad()
 def test_positions_may_begin_anywhere(method, arm) -> None:
-    """Rotary positions are relative: what matters is that no layer and no step forgets the start."""
+    """Rotary positions are relative: no layer and no step may forget where they began."""
     model = reduced(method, arm)
     batch = collate(samples(model.config), "left")
     S, more = batch["input_ids"].shape[1], torch.full((3, 4), 9)

@@ -84,7 +84,9 @@ def model_card(config: Any, name: str) -> ModelCard:
 def _keeps(config: Any) -> str:
     """What becomes of the vision tokens before proxies stand for them."""
     method = config.reduction_method
-    return "keeps every vision token" if method is None else f"reduces vision tokens ({method.name})"
+    if method is None:
+        return "keeps every vision token"
+    return f"reduces vision tokens ({method.name})"
 
 
 def _full_tokens(config: Any) -> str:

@@ -99,7 +99,7 @@ def check_saved_variant(name: str | Path, options: Mapping[str, Any]) -> None:
             )
 
 
-def _same_size(raw: Mapping[str, Any], option: str, wanted: Any) -> bool:
+def _same_size(raw: dict[str, Any], option: str, wanted: Any) -> bool:
     """Whether modules of a saved model have the same sizes with another value of an option."""
     size = {"learned_proxies": "proxies_per_crop", "guided_ratio": "guided_width"}.get(option)
     if size is None:
