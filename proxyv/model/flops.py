@@ -166,7 +166,8 @@ def paper_flops(config: Any, row: RowTokens, *, fused_qkv: bool = False) -> int:
         FLOPs of a prefill: for an ordinary layer 2S(2D^2+2D Dkv+3DI) + 4S^2 D, for a ProxyV layer
         2F(2D Dkv) + 2F(2D h + 2h^2) + 2P D h + 2(P+L)(2D^2+2D Dkv+3DI) + 4(P+L)(S+P)D, where
         2D h + 2h^2 is 2.5 D h for the paper's h = D/4. Making learned proxies is not counted.
-        Without proxies, "atn" costs 2F(D^2+3DI) and "atn_ffn" 2F(2D h) in place of the guided update.
+        Without proxies, "atn" costs 2F(D^2+3DI) and "atn_ffn" 2F(2D h) in place of the guided
+        update.
 
     Raises:
         ValueError: a packing whose tokens do not follow from the crops.
