@@ -53,6 +53,7 @@ def test_the_right_answers_get_the_full_score(name: str, world: Path) -> None:
     right = benchmark.scores(records_of(name, world, lambda sample: sample.references[0]))
     best = PERFECT.get(name, 1.0)
     assert right[benchmark.main_score].value == pytest.approx(best, abs=1e-6)
+    assert benchmark.is_share == (max(right[benchmark.main_score].parts) <= 1)
     wrong = benchmark.scores(records_of(name, world, lambda _: "zzz"))
     assert wrong[benchmark.main_score].value < 0.05 * best
     if name == "ccpdf":

@@ -178,6 +178,7 @@ def test_tables_take_the_time_from_a_latency_report(
         (["--ratios", "half"], "--ratios 'half'"),
         (["--tasks", "docvq"], "did you mean 'docvqa'"),
         (["--tasks", "docvqa,mme"], "mme: mme_perception_score is no share"),
+        (["--tasks", "docvqa,mmbench"], "mmbench: circular_accuracy is no share"),
         (["--tasks", "docvqa_test"], "docvqa_test: its answers are known to a test server only"),
         (["--hide", "vision", "--model", "nowhere"], "nowhere: no such folder"),
     ],

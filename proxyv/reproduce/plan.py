@@ -291,6 +291,12 @@ def _check(path: Path, plan: Plan) -> None:
             raise ValueError(f"{path}: {nearest('task', task, BENCHMARKS)}")
     if missing := [task for task in plan.score if task not in plan.tasks]:
         raise ValueError(f"{path}: score names {missing}, which tasks does not ask")
+    for task in plan.tasks:
+        if not BENCHMARKS[task].is_share:
+            raise ValueError(
+                f"{path}: tasks names {task}, whose {BENCHMARKS[task].main_score} is no share "
+                "between 0 and 1; scores are averaged and reported as percent of 1, so take it out"
+            )
     if idle := [task for task in plan.measures if task not in plan.tasks]:
         raise ValueError(f"{path}: measures names {idle}, which tasks does not ask")
     if plan.curve is not None and (twice := [t for t in plan.score if t in plan.measures]):

@@ -73,7 +73,7 @@ def score_run(run: StoredRun, tasks: Sequence[str]) -> RunScore:
     """Score a run on some of its tasks.
 
     Raises:
-        CommandError: a task whose score is no share, such as MME's, cannot be averaged.
+        CommandError: a task whose score is no share, such as MMBench's, cannot be averaged.
     """
     parts: dict[str, Sequence[float]] = {}
     for task in tasks:
@@ -104,7 +104,7 @@ def select_averaged(names: str) -> list[Benchmark]:
 def _check_share(benchmark: Benchmark) -> None:
     if not benchmark.is_share:
         raise CommandError(
-            f"{benchmark.name}: {benchmark.main_score} is no share of right answers, so it cannot "
+            f"{benchmark.name}: {benchmark.main_score} is no share between 0 and 1, so it cannot "
             "be averaged with others; leave the task out"
         )
 

@@ -97,7 +97,8 @@ class Benchmark(ABC):
         needs_id: whether nothing can be scored or handed in without that id.
         max_new_tokens: longest answer, in tokens; generation is greedy.
         main_score: the score that stands for the benchmark in a table.
-        is_share: whether that score is a share, which can be averaged with those of others.
+        is_share: whether that score lies between 0 and 1, so that it can be averaged with those of
+            others; MME's is a sum, MMBench's in percent.
         scored: whether the answers are known here, or only to a test server.
         needs_image_size: whether the references depend on it.
         group_size: number of rows that can only be scored together.

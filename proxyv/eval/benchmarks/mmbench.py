@@ -42,6 +42,7 @@ class MMBench(Benchmark):
     kind_column = "category"
     max_new_tokens = 1024
     main_score = "circular_accuracy"
+    is_share = False
     limit_note = "rotations are left out, and the score turns into accuracy without rotations"
 
     def question_id(self, index: int, row: Mapping[str, Any]) -> str:
