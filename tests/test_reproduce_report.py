@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from proxyv.cli import run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.files import write_json
 from proxyv.reproduce.__main__ import main
-from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, verdict
+from proxyv.reproduce.claims import CLAIMS, Gap, blind_share, find_gap, seed_parts, verdict
 from proxyv.reproduce.plan import ROOT, STAGES, Claim, Job, Plan, find_plan
+from proxyv.reproduce.report import write_report
 from proxyv.reproduce.results import (
     CURVE,
     Result,
@@ -245,6 +247,25 @@ def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
     assert isinstance(find_gap(plan, table, parsing), Gap)
     said = cells(report(tmp_path), "ProxyV loses nothing in page parsing")
     assert said[5].endswith("(one seed)**")
+
+
+def test_a_task_that_a_preset_gained_has_a_dash(tmp_path: Path, plan: Plan) -> None:
+    """Files from before lack it, that of one seed has it; the score cannot do without."""
+    parts = fill(tmp_path, plan, 0.02, (1, 2))
+    newer = content("baseline", 2, parts["baseline", 2])
+    newer["tasks"]["gqa"] = newer["tasks"]["chartqa"]
+    put(tmp_path, plan, newer)
+    measures = {**plan.measures, "gqa": MEASURES["chartqa"]}  # that of the copied entry
+    gained = replace(plan, tasks={**plan.tasks, "gqa": 1000}, measures=measures)
+    output = tmp_path / "gained.md"
+    write_report([gained], tmp_path, output)
+    _, _, every_task = output.read_text(encoding="utf-8").partition("Every task")
+    for arm, title in (("baseline", "baseline |"), ("proxyv-early", "ProxyV-L3 |")):
+        own = [100 * np.mean([parts[arm, seed][t] for seed in (1, 2)]) for t in TASKS]
+        assert cells(every_task, title)[1:] == [*(f"{value:.1f}" for value in own), "–"]
+    table = {(r.arm, r.seed): r for r in read_results(gained, tmp_path / "tiny")}
+    with pytest.raises(ValueError, match=r"gqa was not asked in baseline-seed1\.json: move"):
+        seed_parts([table["baseline", seed] for seed in (1, 2)], "gqa")
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:

@@ -119,12 +119,17 @@ def seed_parts(results: Sequence[Result], task: str) -> list[float]:
     """Mean over seeds of the score of every question of a task.
 
     Raises:
-        ValueError: results of different questions.
+        ValueError: results of different questions, or one that has none of the task.
     """
+    if lacking := [result.path.name for result in results if result.questions(task) is None]:
+        raise ValueError(
+            f"{task} was not asked in {', '.join(lacking)}: move that away and run its arm again, "
+            "or take the task out of the preset's score"
+        )
     if len({result.questions(task) for result in results}) != 1:
         files = ", ".join(result.path.name for result in results)
         raise ValueError(f"{task}: {files} were not asked the same questions, or not scored alike")
-    parts = [result.parts(task) or [] for result in results]
+    parts = [result.parts(task) for result in results]
     return np.mean(np.asarray(parts), axis=0).tolist()
 
 

@@ -256,9 +256,19 @@ def _task_rows(plan: Plan, table: Table) -> list[tuple[str, list[str]]]:
     rows = []
     for arm in _by_tier(plan):
         if results := _of(plan, table, arm.name):
-            values = [mean_interval(results, [task])[0] for task in plan.tasks]
-            rows.append((arm.title, [f"{value:.1f}" for value in values]))
+            scores = _task_scores(plan, results)
+            cells = [f"{scores[task]:.1f}" if task in scores else NONE for task in plan.tasks]
+            rows.append((arm.title, cells))
     return rows
+
+
+def _task_scores(plan: Plan, results: Sequence[Result]) -> dict[str, float]:
+    """Score in percent of every task that all of these were asked: a preset may have gained one."""
+    return {
+        task: mean_interval(results, [task])[0]
+        for task in plan.tasks
+        if all(result.questions(task) is not None for result in results)
+    }
 
 
 def _out_of_range(plan: Plan, table: Table) -> list[str]:
@@ -266,7 +276,7 @@ def _out_of_range(plan: Plan, table: Table) -> list[str]:
     results = _of(plan, table, "baseline")
     if not results:
         return []
-    scores = {task: mean_interval(results, [task])[0] for task in plan.tasks}
+    scores = _task_scores(plan, results)
     low, high = WANTED
     return [f"{task} {score:.1f} %" for task, score in scores.items() if not low <= score <= high]
 
