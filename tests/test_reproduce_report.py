@@ -234,6 +234,31 @@ def test_figure_1_has_the_arms_and_no_control(
     assert points[1].flops == pytest.approx(58)
 
 
+def test_figure_1_places_arms_by_their_gap(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm of one seed, below the baseline of that seed and above that of all."""
+    parts = fill(tmp_path, plan, 0.0, (1, 2, 3))
+    for seed, rate in ((1, 0.9), (2, 0.5), (3, 0.5)):
+        level = {task: answers(rate, 500 + seed) for task in TASKS}
+        parts["baseline", seed] = level
+        put(tmp_path, plan, content("baseline", seed, level))
+    lower = {task: own * (answers(0.9, 600) > 0) for task, own in parts["baseline", 1].items()}
+    put(tmp_path, plan, content("visionzip", 1, lower))
+    drawn = []
+    monkeypatch.setattr("proxyv.reproduce.report.draw_scores", lambda *given: drawn.append(given))
+    text = report(tmp_path)
+    points = {point.title: point for point in drawn[0][-1]}
+    base = 100 * np.mean([parts["baseline", s][t].mean() for s in (1, 2, 3) for t in plan.score])
+    gap = 100 * np.mean([(lower[t] - parts["baseline", 1][t]).mean() for t in plan.score])
+    zipped = points["VisionZip, untrained"]
+    assert zipped.score == pytest.approx(base + gap, abs=0.01)
+    assert base + gap < base < 100 * np.mean([lower[t].mean() for t in plan.score])
+    ends = [float(x) for x in re.findall(r"[+-][\d.]+", cells(text, "VisionZip, untrained")[4])[1:]]
+    assert [zipped.low - base, zipped.high - base] == pytest.approx(ends, abs=0.01)
+    assert points["baseline"][2:] == pytest.approx((base, base, base))
+
+
 def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
     fill(tmp_path, plan, 0.03, (1,))
 

@@ -10,7 +10,7 @@ __all__ = ["Point", "Share", "draw_curve", "draw_scores"]
 
 
 class Point(NamedTuple):
-    """An arm: FLOPs in percent of the baseline's, score with its interval in percent."""
+    """An arm: FLOPs in percent of the baseline's, score in percent with the interval of its gap."""
 
     title: str
     flops: float
@@ -45,7 +45,11 @@ def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
             fontsize="x-small",
         )
         named.append(point)
-    axes.set(title=title, xlabel="prefill FLOPs, % of the baseline", ylabel="score, %")
+    axes.set(
+        title=title,
+        xlabel="prefill FLOPs, % of the baseline",
+        ylabel="score, % (baseline's + gap to it)",
+    )
     axes.margins(x=0.15)  # for the names beside the points
     axes.grid(alpha=0.3)
     _save(figure, path)

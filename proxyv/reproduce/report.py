@@ -292,13 +292,21 @@ def _answered_blind(plan: Plan, table: Table) -> list[str]:
 
 
 def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
-    """Draw figure 1; its name, None where there is nothing to draw."""
+    """Draw figure 1; its name, None where there is nothing to draw.
+
+    Baselines of other seeds score otherwise, so an arm's own mean would not stand beside that of
+    all baselines: it is placed by its gap to those of its own seeds.
+    """
     points = []
     for arm in plan.arms.values():
-        results = _of(plan, table, arm.name)
-        if results and arm.tier < 3 and arm.control is None:
-            score = mean_interval(results, plan.score)
-            points.append(Point(arm.title, 100 - _flops_saved(results), *score))
+        if arm.tier == 3 or arm.control is not None:
+            continue
+        gap = find_gap(plan, table, Claim("", "", arm.name, "baseline", "better"))
+        if isinstance(gap, Gap):
+            base = mean_interval(_of(plan, table, "baseline"), plan.score)[0]
+            score = [base + value for value in (gap.value, *gap.interval)]
+            flops = 100 - _flops_saved(_of(plan, table, arm.name))
+            points.append(Point(arm.title, flops, *score))
     name = f"{output.stem}-{plan.name}-scores.png"
     if not points:
         (output.parent / name).unlink(missing_ok=True)
