@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from proxyv.data import readers
-from proxyv.data.images import DataError, ImageFolder, ImageRef
+from proxyv.data.images import DataError, ImageFolder, ImageRef, image_of_bytes
 from proxyv.data.readers import JsonSource
 from proxyv.data.rows import parse_row
 from proxyv.data.sources import open_source
@@ -209,6 +209,14 @@ def test_the_limit_of_pixels_is_the_settings(megapixels, width, height, squared,
                 read()
             assert caught.value.kind == "image too large"
     assert Image.MAX_IMAGE_PIXELS == pils
+
+
+def test_beyond_pils_own_limit_no_setting_is_named():
+    """An evaluation has none."""
+    reference = image_of_bytes(png_header(20_000, 9_500), "row 3")
+    with pytest.raises(DataError, match=r"row 3: .*190000000 pixels.*limit of 178956970") as caught:
+        reference.size_hw()
+    assert "(PIL's own limit)" in str(caught.value) and "data." not in str(caught.value)
 
 
 @pytest.mark.parametrize(

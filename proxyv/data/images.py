@@ -134,7 +134,9 @@ class ImageFolder:
                 self._check_size(opened.size)
                 yield opened
         except Image.DecompressionBombError as error:
-            raise _TooLarge(f"{error} (data.max_megapixels={self.max_megapixels:g})") from error
+            own = f"data.max_megapixels={self.max_megapixels:g}"
+            limit = own if math.isfinite(self.max_megapixels) else "PIL's own limit"
+            raise _TooLarge(f"{error} ({limit})") from error
 
     def content(self, image: str | bytes) -> bytes:
         """The bytes of an image file."""
