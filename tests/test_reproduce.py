@@ -452,6 +452,8 @@ def test_shipped_presets_are_complete() -> None:
             plan.arms[f"proxyv-{when}"].model["start_layer"] for when in ("early", "late")
         )
         assert (early, late) == ((12, 16) if name == "smol" else (3 * depth // 8, depth // 2))
+        for share, claimed in ((early / depth, 3 / 8), (late / depth, 1 / 2)):
+            assert share == claimed or any(f"{share:.2f}" in note for note in plan.notes)
         assert len(plan.seeds) >= 3 and min(plan.tasks.values()) >= 1000
         assert [job.name for job in plan.jobs()][:2] == ["baseline-seed1", "proxyv-early-seed1"]
         assert {arm.tier for arm in plan.arms.values()} == {1, 2, 3}
