@@ -525,6 +525,11 @@ def test_every_arm_of_a_shipped_preset_is_a_model(name: str, monkeypatch) -> Non
         ("batch_size", "batchsize", "did you mean 'batch_size'"),
         ("answer_tokens: {docvqa", "answer_tokens: {docvq", "did you mean 'docvqa'"),
         ("tasks: {docvqa: 4", "tasks: {docvq: 4", "did you mean 'docvqa'"),
+        (
+            "tasks: {docvqa: 4",
+            "curve: 0,1\ntasks: {docvqa: 3",
+            "asks [3, 4] of ['docvqa', 'chartqa']",
+        ),
         ("tasks: {docvqa: 4", "tasks: {mme: 4, docvqa: 4", "tasks names mme, whose mme_perception"),
         ("4}\nscore: [", "4, mmbench: 4}\nscore: [mmbench, ", "tasks names mmbench, whose"),
         ("checkpoint: baseline, reduction", "reduction", "a reduction and no checkpoint"),

@@ -304,6 +304,12 @@ def _check(path: Path, plan: Plan) -> None:
             f"{path}: measures names {twice}, whose main scores make the redundancy curve: take "
             "them out of measures or of score, or the curve out"
         )
+    if plan.curve is not None and len({plan.tasks[task] for task in plan.score}) > 1:
+        raise ValueError(
+            f"{path}: the redundancy curve asks equally many rows of all tasks of score, and tasks "
+            f"asks {[plan.tasks[task] for task in plan.score]} of {[*plan.score]}: make these "
+            "numbers equal, or take the curve out"
+        )
     for claim in plan.claims:
         for name in (claim.arm, claim.other):
             if name not in plan.arms:

@@ -224,7 +224,7 @@ def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None])
         "data": runs / "world",
         "tasks": ",".join(plan.score),
         "ratios": plan.curve,
-        "limit": max(plan.tasks[task] for task in plan.score),
+        "limit": plan.tasks[plan.score[0]],  # as many as of the others, or the preset is refused
         "batch-size": plan.batch_size,
         "output": output,
     }
