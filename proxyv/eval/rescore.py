@@ -70,7 +70,10 @@ def rescore(run: Path, warn: Callable[[str], None]) -> dict[str, Any]:
         benchmark = BENCHMARKS[name]
         scored = [_scored(benchmark, record) for record in stored.records[name]]
         rewrite_records(run / f"{name}.jsonl", scored)
-        whole = limit is None or len(scored) < limit  # as many as the limit: there may be more
+        if "rows" in task:
+            whole = len(scored) == task["rows"]
+        else:  # older results do not say; where as many as the limit were asked, there may be more
+            whole = limit is None or len(scored) < limit
         write_submission(benchmark, scored, run, warn, whole=whole, control=control)
         summary = summarise(benchmark, scored)
         _report_changes(name, task, summary, warn)

@@ -116,7 +116,8 @@ def evaluate(
     them together. The result does not depend on their number.
 
     Returns:
-        The task's entry of ``results.json`` (see `summarise`).
+        The task's entry of ``results.json``: ``data`` (where its rows are from), ``rows`` (how many
+        there are, asked or not), what `summarise` tells, and ``seconds``.
     """
     started = time.monotonic()
     indices = chosen_rows(benchmark, rows, options.limit)
@@ -153,7 +154,8 @@ def evaluate(
         whole = len(indices) == len(rows)
         write_submission(benchmark, ordered, output, warn, whole=whole, control=options.control)
     summary = summarise(benchmark, ordered)
-    return {"data": rows.origin, **summary, "seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
+    return {"data": rows.origin, "rows": len(rows), **summary, "seconds": seconds}
 
 
 def _part(path: Path, rank: int) -> Path:
