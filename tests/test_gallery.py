@@ -100,6 +100,15 @@ def test_dropped_patches_are_pale(folders: dict[str, Path]) -> None:
     assert plain[:, :CROP_PX].max() < 10
 
 
+def finish_two_runs(folders: dict[str, Path], place: Path) -> None:
+    """Runs where the example has them: FastV answers two questions rightly, ProxyV five."""
+    write_docvqa(place / "data", SIZES)
+    for name, model, right in (("fastv", "fastv", 2), ("proxyv", "plain", 5)):
+        folder = place / "runs/eval" / name
+        assert evaluate_small(folders[model], place / "data", folder) == 0
+        answer_rightly(folder, right)
+
+
 def test_the_page_shows_what_reduction_gets_wrong(
     folders: dict[str, Path],
     tmp_path: Path,
@@ -107,11 +116,7 @@ def test_the_page_shows_what_reduction_gets_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_docvqa(tmp_path / "data", SIZES)
-    for name, model, right in (("fastv", "fastv", 2), ("proxyv", "plain", 5)):
-        folder = tmp_path / "runs/eval" / name
-        assert evaluate_small(folders[model], tmp_path / "data", folder) == 0
-        answer_rightly(folder, right)
+    finish_two_runs(folders, tmp_path)
     command = example("gallery")
     assert main([*command, "--samples", "2", "--device", "cpu"]) == 0
     page = (tmp_path / "runs/study/gallery.html").read_text("utf-8")
@@ -125,3 +130,26 @@ def test_the_page_shows_what_reduction_gets_wrong(
     capsys.readouterr()
     assert run_command(main, ["gallery", *command[:0:-1]]) == 2
     assert "its model has no token reduction" in capsys.readouterr().err
+
+
+def test_only_the_picture_that_was_asked_about_is_shown(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of three questions the data has another picture, the same one, and no row any more."""
+    monkeypatch.chdir(tmp_path)
+    finish_two_runs(folders, tmp_path)
+    write_docvqa(tmp_path / "other", [*SIZES[:2], (44, 44), SIZES[3]])
+    capsys.readouterr()
+    given = ["--data", str(tmp_path / "other"), "--device", "cpu"]
+    assert run_command(main, [*example("gallery"), *given]) == 0
+    page = (tmp_path / "runs/study/gallery.html").read_text("utf-8")
+    assert re.findall(r"docvqa, question (\d)", page) == ["2", "3", "4"]
+    assert re.findall(r'(image of question 3"|no picture)', page) == [
+        *("no picture", 'image of question 3"', "no picture")
+    ]
+    told = capsys.readouterr().err
+    assert re.search(r"question 2: no picture \(row 2 of .* is not what the run was asked", told)
+    assert re.search(r"question 4: no picture \(.* has 4 rows, the run was asked row 4\)", told)

@@ -68,6 +68,20 @@ class Item:
         """Input tokens that are not of shared images."""
         return self.length - self.shared
 
+    def is_of(self, record: Record) -> bool:
+        """Whether a record is of this question about these images.
+
+        What is compared are the prompt, the references, and hashes of the encoded images. These
+        change with any byte of a file, so also where the same picture was encoded anew; a record
+        from before there were such hashes is taken as it is.
+        """
+        return (
+            record["prompt"] == self.sample.prompt
+            and record["references"] == list(self.sample.references)
+            and record["image_index"] == self.image_index
+            and record.get("image_hash", self.image_hash) == self.image_hash
+        )
+
 
 def make_record(
     benchmark: Benchmark,

@@ -259,11 +259,7 @@ def _warn_of_limit(
 
 
 def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
-    """Records of an earlier run that are answers to the same questions.
-
-    What is compared are the prompts, the references, and hashes of the encoded images. These
-    change with any byte of a file, so also where the same picture was encoded anew; records from
-    before there were such hashes are taken as they are.
+    """Records of an earlier run that are answers to the same questions, see `Item.is_of`.
 
     Raises:
         CommandError: a row is another question now.
@@ -273,13 +269,7 @@ def _usable_records(path: Path, items: Mapping[int, Item]) -> list[Record]:
         item = items.get(record["index"])
         if item is None or record["error"] is not None:
             continue  # tried again
-        same = (
-            record["prompt"] == item.sample.prompt
-            and record["references"] == list(item.sample.references)
-            and record["image_index"] == item.image_index
-            and record.get("image_hash", item.image_hash) == item.image_hash
-        )
-        if not same:
+        if not item.is_of(record):
             raise CommandError(
                 f"{path}: row {record['index']} is another question now or shows another image, "
                 "the data has changed; give another --output, or start again with --overwrite"

@@ -109,9 +109,16 @@ def _sample(
     picture, kept = None, "the picture cannot be had"
     try:
         rows = load_rows(benchmark, Path(place) if place else None)
-        items, bad = make_items(benchmark, rows, [record["index"]], answerer)
+        index = record["index"]
+        if index >= len(rows):
+            raise CommandError(f"{rows.origin} has {len(rows)} rows, the run was asked row {index}")
+        items, bad = make_items(benchmark, rows, [index], answerer)
         if bad:
             raise CommandError(bad[0]["error"])
+        if not items[0].is_of(record):
+            raise CommandError(
+                f"row {index} of {rows.origin} is not what the run was asked, or not with its image"
+            )
         images = item_images(benchmark, rows, items[0])
         patches = kept_patches(answerer, record["prompt"], images)
         picture = data_uri(draw_kept(answerer, images[0], patches))
