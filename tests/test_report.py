@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from proxyv.cli import run_command
 from proxyv.eval.__main__ import main
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.eval.compare import compare, name_runs
-from proxyv.eval.records import rewrite_records
+from proxyv.eval.records import read_records, rewrite_records
 from proxyv.eval.runner import summarise
 from proxyv.eval.statistics import average_interval, bootstrap_interval, paired_difference
 from proxyv.eval.stored import load_run
@@ -211,6 +212,46 @@ def test_page_without_pictures_says_why(
     shutil.rmtree(tmp_path / "data")
     assert main(["report", str(runs[0]), "--output", str(tmp_path / "r")]) == 0
     assert "chartqa: the page shows no pictures (--data" in capsys.readouterr().err
+
+
+def pictures_by_row(place: Path, *folders: Path) -> dict[int, int]:
+    """How many pictures the page of these runs has of each row."""
+    assert main(["report", *map(str, folders), "--output", str(place)]) == 0
+    page = (place / "report.html").read_text("utf-8")
+    [data] = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
+    return {each["row"]: len(each["pictures"]) for each in json.loads(data)["samples"]}
+
+
+def test_pictures_are_those_that_were_asked_about(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 3 has another picture now; a control's hashes are of other pictures, and tell nothing."""
+    path = runs[0] / "chartqa.jsonl"
+    records = read_records(path)
+    for entry in records:
+        file = picture(30 + entry["index"], 20)["bytes"]
+        names = hashlib.sha256(file).hexdigest()
+        entry["image_hash"] = hashlib.sha256(names.encode()).hexdigest()[:16]
+    records[3]["image_hash"] = "of another one"
+    rewrite_records(path, records)
+    blank = store(tmp_path / "blank", ["1"] * 30, control="blank-images")
+    rewrite_records(blank / "chartqa.jsonl", [r | {"image_hash": "of sizes"} for r in records])
+    assert pictures_by_row(tmp_path / "r", blank, runs[0]) == {
+        index: int(index != 3) for index in range(30)
+    }
+    told = " ".join(capsys.readouterr().err.split())
+    assert "chartqa: samples whose data has changed have no picture (row 3 of" in told
+
+
+def test_rows_that_the_data_lacks_have_no_picture(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"type": "human_test", "question": "q", "answer": "1", "image": picture(30, 20)}
+    save_parquet(tmp_path / "data/chartqa/test.parquet", [row] * 20)
+    found = pictures_by_row(tmp_path / "r", runs[0])
+    assert found == {index: int(index < 20) for index in range(30)}
+    told = " ".join(capsys.readouterr().err.split())
+    assert "has 20 rows, row 20 was asked)" in told and told.count("no picture") == 1
 
 
 def test_mistakes_are_explained_in_one_line(

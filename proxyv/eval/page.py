@@ -7,7 +7,6 @@ models are put into it as data and shown as text, whatever they contain.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from proxyv.data.images import ImageRef
 from proxyv.eval.benchmarks import BENCHMARKS, Record
 from proxyv.eval.compare import Comparison, Row
 from proxyv.eval.images import row_images
+from proxyv.eval.plan import hash_file, hash_shown
 from proxyv.eval.sources import Rows, load_rows
 from proxyv.eval.stored import StoredRun
 from proxyv.eval.tables import FOOTNOTE, format_score
@@ -45,22 +45,42 @@ class Pictures:
         self.folders, self.warn = folders, warn
         self.found: dict[str, str] = {}
         self._rows: dict[str, Rows | None] = {}
+        self._warned: set[str] = set()
 
-    def keys(self, task: str, index: int) -> list[str]:
-        """The pictures of a row, the question's own; none where they cannot be had."""
+    def keys(self, task: str, index: int, image_hash: str | None) -> list[str]:
+        """The pictures of a row, the question's own; none where they cannot be had.
+
+        Args:
+            task: the benchmark.
+            index: the row.
+            image_hash: of a record that was asked about these images; None where there is none.
+        """
         rows = self._table(task)
-        if rows is None or index >= len(rows):
+        if rows is None:
             return []
+        if index >= len(rows):
+            return self._other(task, f"{rows.origin} has {len(rows)} rows, row {index} was asked")
         keys = []
         try:
-            for image in row_images(BENCHMARKS[task], rows, index):
-                key = hashlib.sha256(image.content()).hexdigest()[:16]
+            images = row_images(BENCHMARKS[task], rows, index)
+            hashes = [hash_file(image) for image in images]
+            if image_hash not in (None, hash_shown(hashes)):
+                return self._other(task, f"row {index} of {rows.origin} has another image now")
+            for image, name in zip(images, hashes, strict=True):
+                key = name[:16]
                 if key not in self.found:
                     self.found[key] = _data_uri(image)
                 keys.append(key)
         except ValueError:
             return []  # the sample failed for the same reason, which its record tells
         return keys
+
+    def _other(self, task: str, why: str) -> list[str]:
+        """No pictures, for the data is not what was asked; said once of a task."""
+        if task not in self._warned:
+            self.warn(f"{task}: samples whose data has changed have no picture ({why})")
+            self._warned.add(task)
+        return []
 
     def _table(self, task: str) -> Rows | None:
         if task not in self._rows:
@@ -119,7 +139,7 @@ def render_page(
     samples, shown = [], {}
     for task in dict.fromkeys(task for run in runs for task in run.records):
         chosen = choose_samples(task, runs, most)
-        samples += [_sample(task, first, own, pictures) for first, own in chosen]
+        samples += [_sample(task, first, own, runs, pictures) for first, own in chosen]
         total = max(len(run.records.get(task, ())) for run in runs)
         shown[task] = f"{len(chosen)} of {total}"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -140,8 +160,17 @@ def render_page(
 
 
 def _sample(
-    task: str, first: Record, own: Sequence[Record | None], pictures: Pictures
+    task: str,
+    first: Record,
+    own: Sequence[Record | None],
+    runs: Sequence[StoredRun],
+    pictures: Pictures,
 ) -> dict[str, Any]:
+    asked_about = [  # a control shows other images than the question's own
+        record.get("image_hash")
+        for record, run in zip(own, runs, strict=True)
+        if record is not None and not run.results.get("settings", {}).get("control")
+    ]
     return {
         "task": task,
         "id": first["question_id"],
@@ -149,7 +178,7 @@ def _sample(
         "question": first["question"],
         "prompt": first["prompt"],
         "references": first["references"],
-        "pictures": pictures.keys(task, first["index"]),
+        "pictures": pictures.keys(task, first["index"], next(filter(None, asked_about), None)),
         "answers": [
             record and {key: record[key] for key in ("answer", "score", "error", "image_index")}
             for record in own

@@ -9,13 +9,23 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from proxyv.data.images import ImageRef
 from proxyv.eval.benchmarks import Benchmark, Record, Sample
 from proxyv.eval.controls import blank_like, derange
 from proxyv.eval.images import row_images
 from proxyv.eval.metrics import final_answer
 from proxyv.eval.sources import Rows
 
-__all__ = ["Answering", "Item", "item_images", "make_batches", "make_items", "make_record"]
+__all__ = [
+    "Answering",
+    "Item",
+    "hash_file",
+    "hash_shown",
+    "item_images",
+    "make_batches",
+    "make_items",
+    "make_record",
+]
 
 
 class Answering(Protocol):
@@ -125,6 +135,16 @@ def make_record(
     }
 
 
+def hash_file(image: ImageRef) -> str:
+    """Names an image by its encoded file."""
+    return hashlib.sha256(image.content()).hexdigest()
+
+
+def hash_shown(seen: Iterable[str]) -> str:
+    """The ``image_hash`` of a record whose images have these hashes (blank ones: sizes)."""
+    return hashlib.sha256(" ".join(seen).encode()).hexdigest()[:16]
+
+
 def make_items(
     benchmark: Benchmark,
     rows: Rows,
@@ -150,7 +170,7 @@ def make_items(
             if control != "question-only" or benchmark.needs_image_size:
                 images = row_images(benchmark, rows, index)
                 sizes[index] = tuple(image.size_hw() for image in images)
-                hashes[index] = [hashlib.sha256(image.content()).hexdigest() for image in images]
+                hashes[index] = [hash_file(image) for image in images]
             if benchmark.needs_image_size:
                 sample = benchmark.with_image_size(sample, sizes[index][0])
             if control == "shuffled-images":
@@ -181,7 +201,7 @@ def make_items(
         shown_hash = None
         if image_index is not None:
             seen = map(str, sizes_hw) if blank else hashes[image_index]
-            shown_hash = hashlib.sha256(" ".join(seen).encode()).hexdigest()[:16]
+            shown_hash = hash_shown(seen)
         shared = answering.shared_length(sizes_hw)
         items.append(Item(index, sample, image_index, sizes_hw, blank, length, shown_hash, shared))
     return items, failures
