@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,6 +144,32 @@ def test_a_resumed_run_cuts_its_batches_as_the_first_did(tmp_path: Path) -> None
     second = Cramped(9)  # more room now, and still the same pieces
     run(rows, tmp_path / "parts", reader=second, batch_size=8)
     assert second.batches == whole.batches[2:]  # the third piece was lost with its batch
+
+
+class Uneven(Cramped):
+    """A device with room for five questions, or two where one is about a certain page."""
+
+    def generate(self, prepared: Any, max_new_tokens: int) -> list[str]:
+        pages = [np.asarray(own[0])[0, 0, 0] for own in prepared[1]]
+        self.room = 2 if 13 in pages else 5
+        return super().generate(prepared, max_new_tokens)
+
+
+@pytest.mark.parametrize("device", [lambda: Cramped(3), lambda: Uneven(5)])
+def test_pieces_of_an_odd_batch_are_the_same_in_a_resumed_run(
+    tmp_path: Path, device: Callable[[], Cramped]
+) -> None:
+    """Ten become five and then two; what was answered of the batch before that does not matter."""
+    rows = document_rows(20)
+    whole, first, second = device(), device(), device()
+    run(rows, tmp_path / "whole", reader=whole, batch_size=10)
+    kept = whole.batches[-10:]  # before them, pieces of a batch that was cut again
+    assert [len(batch) for batch in kept] == [2] * 10
+    first.stop_after = len(whole.batches) - 6  # in the first batch, when its size was found
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "parts", reader=first, batch_size=10)
+    run(rows, tmp_path / "parts", reader=second, batch_size=10)
+    assert second.batches == kept
 
 
 def test_a_question_too_large_for_the_device_fails_alone(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Ask a model batch by batch: images are read ahead, and what does not fit in memory is cut.
 
 While the model answers one batch, other threads read, decode and cut up the images of the next
-ones. A batch that runs out of memory is asked again in halves; later batches are cut likewise. The
-size found is kept in a file, so that a resumed run cuts its batches as the first one did.
+ones. Where a piece of a batch runs out of memory, the whole batch is asked again in pieces of half
+that size; later batches are cut likewise. The size found is kept in a file, one for each process.
+How a batch is cut depends on that size alone, so a resumed run of one process cuts its batches as
+the first one did.
 """
 
 from __future__ import annotations
@@ -33,18 +35,33 @@ Result = TypeVar("Result")
 
 
 class Piece(NamedTuple):
-    """Questions that are asked together, with their images and what the model reads."""
+    """Questions that are asked together, and what the model reads of them."""
 
     items: list[Item]
-    images: list[list[Image.Image]]
     prepared: Any
 
 
-class Loaded(NamedTuple):
-    """A batch that is ready to be asked, and the items of it that cannot be."""
+class Cut(NamedTuple):
+    """A batch that is ready to be asked, and the items of it that cannot be.
 
+    Attributes:
+        most: questions in a piece; None where it was not cut.
+        pieces: of the batch.
+        failures: items of which no input can be made.
+    """
+
+    most: int | None
     pieces: list[Piece]
     failures: list[tuple[Item, ValueError]]
+
+
+class Loaded(NamedTuple):
+    """A batch whose images have been read, and the items of it whose images cannot be."""
+
+    items: list[Item]
+    images: list[list[Image.Image]]
+    failures: list[tuple[Item, ValueError]]
+    cut: Cut
 
 
 def read_ahead(
@@ -95,9 +112,12 @@ class Asker:
         with closing(read_ahead(self._load, batches)) as ready:
             for loaded in ready:
                 records = [self._record(item, error=error) for item, error in loaded.failures]
-                for piece in loaded.pieces:
-                    records += self._answer(piece)
-                yield records
+                cut, answered = loaded.cut, None
+                while answered is None:
+                    if cut.most != self.most:  # found too large since, here or in an earlier batch
+                        cut = self._cut(loaded.items, loaded.images)
+                    answered = self._answer(cut)
+                yield records + answered
 
     def _load(self, batch: Sequence[Item]) -> Loaded:
         """Read the images of a batch, equal ones once; an item whose image is bad fails alone."""
@@ -112,53 +132,58 @@ class Asker:
                 items.append(item)
             except ValueError as error:
                 failures.append((item, error))
-        pieces, unusable = self._prepare(items, images)
-        return Loaded(pieces, failures + unusable)
+        return Loaded(items, images, failures, self._cut(items, images))
 
-    def _prepare(
-        self, items: Sequence[Item], images: Sequence[list[Image.Image]]
-    ) -> tuple[list[Piece], list[tuple[Item, ValueError]]]:
+    def _cut(self, items: list[Item], images: list[list[Image.Image]]) -> Cut:
         """Cut questions into pieces that fit in memory, and make the model's inputs."""
-        pieces: list[Piece] = []
-        failures: list[tuple[Item, ValueError]] = []
-        most = self.most or max(1, len(items))
-        for start in range(0, len(items), most):
-            part, own = list(items[start : start + most]), list(images[start : start + most])
-            try:
-                prepared = self.answering.prepare([item.sample.prompt for item in part], own)
-                pieces.append(Piece(part, own, prepared))
-            except ValueError as error:
-                if len(part) == 1:
-                    failures.append((part[0], error))
-                    continue
-                for item, image in zip(part, own, strict=True):  # find out which one it is
-                    alone, bad = self._prepare([item], [image])
-                    pieces += alone
-                    failures += bad
-        return pieces, failures
+        most = self.most  # which may fall meanwhile, where another thread does this
+        cut = Cut(most, [], [])
+        size = most or max(1, len(items))
+        for start in range(0, len(items), size):
+            self._prepare(items[start : start + size], images[start : start + size], cut)
+        return cut
 
-    def _answer(self, piece: Piece) -> list[Record]:
-        if self.most is None or len(piece.items) <= self.most:
-            try:
-                answers = self.answering.generate(piece.prepared, self.benchmark.max_new_tokens)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-            else:
-                return [
-                    self._record(item, answer=answer)
-                    for item, answer in zip(piece.items, answers, strict=True)
-                ]
-            # From here on the failed attempt is no longer referred to, and its memory is free.
-            clear_device_cache(garbage_collection=True)
-            if len(piece.items) == 1:
-                item = piece.items[0]
-                reason = f"{item.length} input tokens do not fit in memory, even alone"
-                return [self._record(item, error=ValueError(reason))]
+    def _prepare(self, items: list[Item], images: list[list[Image.Image]], cut: Cut) -> None:
+        """Make the model's inputs of a piece; where that fails, of each question alone."""
+        try:
+            prepared = self.answering.prepare([item.sample.prompt for item in items], images)
+            cut.pieces.append(Piece(items, prepared))
+        except ValueError as error:
+            if len(items) == 1:
+                cut.failures.append((items[0], error))
+                return
+            for item, image in zip(items, images, strict=True):  # find out which one it is
+                self._prepare([item], [image], cut)
+
+    def _answer(self, cut: Cut) -> list[Record] | None:
+        """The records of a batch; None where a piece does not fit in memory, and `most` fell."""
+        records = [self._record(item, error=error) for item, error in cut.failures]
+        for piece in cut.pieces:
+            answered = self._answer_piece(piece)
+            if answered is None:
+                return None
+            records += answered
+        return records
+
+    def _answer_piece(self, piece: Piece) -> list[Record] | None:
+        try:
+            answers = self.answering.generate(piece.prepared, self.benchmark.max_new_tokens)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        else:
+            return [
+                self._record(item, answer=answer)
+                for item, answer in zip(piece.items, answers, strict=True)
+            ]
+        # From here on the failed attempt is no longer referred to, and its memory is free.
+        clear_device_cache(garbage_collection=True)
+        if len(piece.items) > 1:
             self._reduce(len(piece.items) // 2)
-        pieces, failures = self._prepare(piece.items, piece.images)
-        records = [self._record(item, error=error) for item, error in failures]
-        return records + [record for part in pieces for record in self._answer(part)]
+            return None
+        item = piece.items[0]
+        reason = f"{item.length} input tokens do not fit in memory, even alone"
+        return [self._record(item, error=ValueError(reason))]
 
     def _reduce(self, most: int) -> None:
         self.most = most

@@ -3,7 +3,8 @@
 An output folder holds `settings.json` (what the answers depend on), `<task>.jsonl` and
 `results.json`; while several processes run, also `<task>.rank<n>.jsonl`. A run that was killed
 goes on where it stopped when it is started again with the same settings: the batches are the same,
-so the answers and scores are the same.
+so the answers and scores are the same. (Where memory is short, several processes cut theirs as each
+has found: then which process goes on with a batch makes a difference.)
 """
 
 from __future__ import annotations
