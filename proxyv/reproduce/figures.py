@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,29 +30,40 @@ class Share(NamedTuple):
 
 
 def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
-    """Score against FLOPs, one mark for each arm; the same points give the same file."""
-    figure, axes = _figure()
-    named: list[Point] = []
-    for point in sorted(points, key=lambda point: point.flops):
+    """Score against FLOPs, one mark for each arm; the same points give the same file.
+
+    Arms lie too close for their names: each is a letter, and the key has them from the best down.
+    """
+    figure, axes = _figure(width=9)
+    for number, point in enumerate(sorted(points, key=lambda point: -point.score)):
         bars = [[max(0.0, point.score - point.low)], [max(0.0, point.high - point.score)]]
-        marker = "*" if point.title.startswith("ProxyV") else "o"
-        axes.errorbar([point.flops], [point.score], yerr=bars, marker=marker, capsize=3)
-        beside = any(abs(x.score - point.score) < 3 and point.flops - x.flops < 15 for x in named)
+        marker, side = ("*", 9) if point.title.startswith("ProxyV") else ("o", -9)
+        letter = string.ascii_letters[number % len(string.ascii_letters)]
+        axes.errorbar(
+            [point.flops],
+            [point.score],
+            yerr=bars,
+            marker=marker,
+            linestyle="none",
+            capsize=3,
+            label=f"{letter}  {point.title}",
+        )
         axes.annotate(
-            point.title,
+            letter,
             (point.flops, point.score),
             textcoords="offset points",
-            xytext=(6, -11 if beside else 4),  # else two names would stand in one line
-            fontsize="x-small",
+            xytext=(side, 0),
+            ha="center",
+            va="center",
+            fontsize="small",
         )
-        named.append(point)
     axes.set(
         title=title,
         xlabel="prefill FLOPs, % of the baseline",
         ylabel="score, % (baseline's + gap to it)",
     )
-    axes.margins(x=0.15)  # for the names beside the points
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 
@@ -73,11 +85,11 @@ def draw_curve(path: Path, title: str, lines: Mapping[str, Sequence[Share]]) -> 
     _save(figure, path)
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(width: float = 7) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
