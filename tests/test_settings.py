@@ -14,6 +14,7 @@ from proxyv.train.config_files import describe_settings, load_settings, preset_f
 from proxyv.train.settings import Settings, walk
 
 ROOT = Path(__file__).resolve().parents[1]
+GATHER = "gather_16bit_weights_on_model_save"
 
 
 def load(tmp_path: Path, text: str = "", *overrides: str) -> Settings:
@@ -206,6 +207,10 @@ def test_global_batch_must_be_dealt_evenly(tmp_path):
         ({"scheduler": {"type": "WarmupLR"}}, "a section 'scheduler'.*remove it from the file"),
         ({"optimizer": {"type": "AdamW"}}, "a section 'optimizer'.*remove it from the file"),
         ({"zero_optimization": {"stage": 3}}, "set .*_16bit_weights_on_model_save to true"),
+        (
+            {"zero_optimization": {"stage": 3, f"stage3_{GATHER}": "auto"}},  # false, that is
+            "set .*_16bit_weights_on_model_save to true",
+        ),
         ([], "must hold a JSON object"),
     ],
 )
@@ -214,6 +219,12 @@ def test_a_deepspeed_file_that_would_undo_a_run_is_refused(tmp_path, content, me
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"deepspeed\.config={path}.*{message}"):
         deepspeed_config(load(tmp_path, "", f"deepspeed.config={path}"))
+
+
+def test_a_stage_three_in_the_words_of_llava_is_taken(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, GATHER: True}}))
+    assert deepspeed_config(load(tmp_path, "", f"deepspeed.config={path}"))
 
 
 def test_every_shipped_deepspeed_file_is_taken(tmp_path):

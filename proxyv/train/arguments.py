@@ -163,9 +163,10 @@ def _check_deepspeed(config: Any, name: str) -> None:
                 "of the learning rates and the schedule of optim.*: remove it from the file"
             )
     zero = config.get("zero_optimization", {})
-    gather = "stage3_gather_16bit_weights_on_model_save"
-    if zero.get("stage") == 3 and not zero.get(gather):
+    gather = "gather_16bit_weights_on_model_save"
+    spellings = (f"stage3_{gather}", gather)  # DeepSpeed takes both, LLaVA's files have either
+    if zero.get("stage") == 3 and not any(zero.get(name) is True for name in spellings):
         raise ValueError(
             f"deepspeed.config={name}: stage 3 shards the weights, which could not be saved in "
-            f"the end: set zero_optimization.{gather} to true"
+            f"the end: set zero_optimization.stage3_{gather} to true"
         )
