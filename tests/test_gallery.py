@@ -100,26 +100,24 @@ def test_dropped_patches_are_pale(folders: dict[str, Path]) -> None:
     assert plain[:, :CROP_PX].max() < 10
 
 
-def finish_two_runs(folders: dict[str, Path], place: Path) -> None:
+@pytest.fixture
+def two_runs(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs where the example has them: FastV answers two questions rightly, ProxyV five."""
-    write_docvqa(place / "data", SIZES)
+    monkeypatch.chdir(tmp_path)
+    write_docvqa(tmp_path / "data", SIZES)
     for name, model, right in (("fastv", "fastv", 2), ("proxyv", "plain", 5)):
-        folder = place / "runs/eval" / name
-        assert evaluate_small(folders[model], place / "data", folder) == 0
+        folder = tmp_path / "runs/eval" / name
+        assert evaluate_small(folders[model], tmp_path / "data", folder) == 0
         answer_rightly(folder, right)
+    return tmp_path
 
 
 def test_the_page_shows_what_reduction_gets_wrong(
-    folders: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    two_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    finish_two_runs(folders, tmp_path)
     command = example("gallery")
     assert main([*command, "--samples", "2", "--device", "cpu"]) == 0
-    page = (tmp_path / "runs/study/gallery.html").read_text("utf-8")
+    page = (two_runs / "runs/study/gallery.html").read_text("utf-8")
     assert "2 of 3 questions that fastv gets wrong" in page
     assert f"of {len(SIZES)} that both were asked" in page
     assert re.findall(r"docvqa, question (\d)", page) == ["2", "3"]
@@ -133,19 +131,14 @@ def test_the_page_shows_what_reduction_gets_wrong(
 
 
 def test_only_the_picture_that_was_asked_about_is_shown(
-    folders: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    two_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of three questions the data has another picture, the same one, and no row any more."""
-    monkeypatch.chdir(tmp_path)
-    finish_two_runs(folders, tmp_path)
-    write_docvqa(tmp_path / "other", [*SIZES[:2], (44, 44), SIZES[3]])
+    write_docvqa(two_runs / "other", [*SIZES[:2], (44, 44), SIZES[3]])
     capsys.readouterr()
-    given = ["--data", str(tmp_path / "other"), "--device", "cpu"]
+    given = ["--data", str(two_runs / "other"), "--device", "cpu"]
     assert run_command(main, [*example("gallery"), *given]) == 0
-    page = (tmp_path / "runs/study/gallery.html").read_text("utf-8")
+    page = (two_runs / "runs/study/gallery.html").read_text("utf-8")
     assert re.findall(r"docvqa, question (\d)", page) == ["2", "3", "4"]
     assert re.findall(r'(image of question 3"|no picture)', page) == [
         *("no picture", 'image of question 3"', "no picture")

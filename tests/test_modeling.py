@@ -354,9 +354,11 @@ def test_chat_goes_on_with_the_cache_and_a_new_image(generator) -> None:
     assert int(got[0, len(turn)]) == int(expected)
 
 
-def test_beams_go_on_with_the_cache_and_a_new_image(generator) -> None:
-    """Of a cache whose samples were repeated for them; a model whose cache holds all there is."""
-    model = tiny_model(start_layer=None)
+@pytest.mark.parametrize("method", [None, "prumerge"])
+def test_beams_go_on_with_the_cache_and_a_new_image(method, generator) -> None:
+    """Of a cache whose samples were repeated for them; one of a reduced prompt takes no image."""
+    reduction = None if method is None else {"method": method}
+    model = tiny_model(start_layer=None, reduction=reduction)
     rows = [sample([1, "1", each, "2", 4], model.config, generator) for each in (3, 7)]
     whole = collate(rows, "left")
     openings = collate([(ids[:-38], images[:1]) for ids, images in rows], "left")
@@ -366,8 +368,12 @@ def test_beams_go_on_with_the_cache_and_a_new_image(generator) -> None:
             cache = model(**openings, use_cache=True).past_key_values
         cache.batch_repeat_interleave(most["num_beams"])
         images = {name: whole[name][1::2] for name in ("pixel_values", "num_crops")}
-        got = model.generate(**{**whole, **images}, **chosen, past_key_values=cache)
-        assert torch.equal(got, model.generate(**whole, **chosen))
+        later = {**whole, **images, **chosen, "past_key_values": cache}
+        if method is None:
+            assert torch.equal(model.generate(**later), model.generate(**whole, **chosen))
+            continue
+        with pytest.raises(ValueError, match="reads images in the first prompt only"):
+            model.generate(**later)
 
 
 def test_a_stock_cache_of_another_batch_is_refused(generator) -> None:

@@ -29,9 +29,11 @@ class FailureLog:
         """Rows that this rank knows to have been left out."""
         return len(self._known)
 
-    def forget(self) -> None:
-        """Forget all: the run begins anew. One rank removes the file as well."""
+    def forget(self, remove: bool) -> None:
+        """Forget all, for the run begins anew; one rank also removes the file."""
         self._known.clear()
+        if remove:
+            self.path.unlink(missing_ok=True)
 
     def add(self, failures: Iterable[str]) -> list[str]:
         """Note rows left out; gives those that were not known before."""

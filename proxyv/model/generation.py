@@ -135,7 +135,9 @@ class ImageGenerationMixin:
         """
         embeds = model_kwargs.get("inputs_embeds")  # ``input_ids`` is empty beside them
         mask = self.model.image_mask(input_ids if embeds is None else None, embeds)
-        mask = mask[:, past_length(model_kwargs.get("past_key_values")) :]
+        cache = model_kwargs.get("past_key_values")
+        read = rows_read(cache)  # of a reduced prompt the cache holds fewer
+        mask = mask[:, past_length(cache) if read is None else read :]
         pixel_values = images["pixel_values"]
         assert pixel_values is not None
         grids = image_grids(self.config, **images)

@@ -143,14 +143,7 @@ def run_job(
     """
     started = time.monotonic()
     source = plan.trained(job)
-    wanted, faster = (
-        stage_settings(plan, source, STAGES[-1], runs, t).model.dtype for t in (dtype, None)
-    )
-    if wanted != faster and not (runs / source.name / STAGES[-1] / FINISHED).is_file():
-        say(
-            f"{job.name}: trained in {wanted} as the other arms of seed {job.seed} are, though "
-            f"this machine multiplies {faster} faster, perhaps many times"
-        )
+    _warn_of_type(plan, source, runs, say, dtype)
     trained = {}
     for stage in STAGES:
         trainer = plan.trainer(source, stage)
@@ -197,6 +190,21 @@ def run_job(
         "seconds": round(time.monotonic() - started, 1),
         "date": now(),
     }
+
+
+def _warn_of_type(
+    plan: Plan, job: Job, runs: Path, say: Callable[[str], None], dtype: str | None
+) -> None:
+    """Say that a job has yet to be trained in a type that is slow here; see `stage_settings`."""
+    stage = STAGES[-1]
+    wanted, faster = (
+        stage_settings(plan, job, stage, runs, each).model.dtype for each in (dtype, None)
+    )
+    if wanted != faster and not (runs / job.name / stage / FINISHED).is_file():
+        say(
+            f"{job.name}: trained in {wanted} as the other arms of seed {job.seed} are, though "
+            f"this machine multiplies {faster} faster, perhaps many times"
+        )
 
 
 def failure(plan: Plan, job: Job, error: Exception) -> dict[str, Any]:

@@ -167,10 +167,9 @@ class Checkpoints:
             _remove(final)
         os.rename(partial, final)
         _sync_folder(self.folder)
-        found = find_checkpoints(self.folder)
         # Later ones are there only where the run went back over them, for they were damaged.
-        later = [entry for entry in found if entry[0] > step]
-        for _, path in (later + found[: len(found) - len(later)])[: -self.keep]:
+        found = sorted(find_checkpoints(self.folder), key=lambda entry: entry[0] <= step)
+        for _, path in found[: -self.keep]:
             _remove(path)
 
     def _abandon(self, faults: list[str | None], partial: Path, step: int) -> bool:

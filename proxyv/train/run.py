@@ -52,7 +52,7 @@ from proxyv.train.signals import Interrupted, StopOnSignal, start_worker
 from proxyv.train.stages import PartCount, count_parts, learning_rates
 from proxyv.train.trainer import ProxyVTrainer
 
-__all__ = ["ORDER", "identity", "open_data", "parts_table", "train"]
+__all__ = ["identity", "open_data", "parts_table", "train"]
 
 ORDER = "order.npz"
 """What the order of a run's rows goes by, where it goes by length: it stays as it was."""
@@ -273,11 +273,9 @@ def _begin(trainer: ProxyVTrainer, folder: Path, settings: Settings) -> str | No
     trainer.accelerator.wait_for_everyone()
     checkpoint = trainer.checkpoints.latest()
     if checkpoint is None:
-        trainer.failures.forget()
-        if first:
-            trainer.failures.path.unlink(missing_ok=True)
-            if isinstance(trainer.sampler, GroupedSampler):
-                _save_order(trainer.sampler, folder / ORDER)
+        trainer.failures.forget(remove=first)
+        if first and isinstance(trainer.sampler, GroupedSampler):
+            _save_order(trainer.sampler, folder / ORDER)
         trainer.accelerator.wait_for_everyone()
         return None
     if first:
