@@ -68,32 +68,38 @@ class Case:
 
     def _inputs(self) -> dict[str, Tensor]:
         per_crop, token = self.config.rows_per_crop, self.config.image_token_index
-        supply = iter(self.images)
+        supply, images = iter(self.images), []
         rows, labels = [], []
-        pairs = zip(self.tensors["in.input_ids"], self.tensors["in.labels"], strict=True)
-        for ids, targets in pairs:
+        names = ("in.input_ids", "in.labels", "out.attention_mask")
+        for ids, targets, valid in zip(*(self.tensors[name] for name in names), strict=True):
+            if -200 not in ids:  # the authors give a row of text an image, which nothing sees
+                next(supply, None)
             row: list[int] = []
             row_labels: list[int] = []
             for value, target in zip(ids.tolist(), targets.tolist(), strict=True):
-                count = len(next(supply)) * per_crop if value == -200 else 1
+                if value == -200:
+                    images.append(next(supply))
+                count = len(images[-1]) * per_crop if value == -200 else 1
                 row += [token if value == -200 else value] * count
                 row_labels += [-100 if value == -200 else target] * count
-            rows.append(row)
-            labels.append(row_labels)
+            rows.append(row[: int(valid.sum())])  # ids of padding come last
+            labels.append(row_labels[: int(valid.sum())])
+        assert next(supply, None) is None
         length = max(map(len, rows))
-        most = max(map(len, self.images))
-        pixels = torch.zeros(len(self.images), most, *self.images[0].shape[1:])
-        for target, image in zip(pixels, self.images, strict=True):
-            target[: len(image)] = image
-        return {
+        inputs = {
             "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
             "attention_mask": torch.tensor(
                 [[1] * len(row) + [0] * (length - len(row)) for row in rows]
             ),
             "labels": torch.tensor([row + [-100] * (length - len(row)) for row in labels]),
-            "pixel_values": pixels,
-            "num_crops": torch.tensor([len(image) for image in self.images]),
         }
+        if images:
+            pixels = torch.zeros(len(images), max(map(len, images)), *images[0].shape[1:])
+            for target, image in zip(pixels, images, strict=True):
+                target[: len(image)] = image
+            inputs["pixel_values"] = pixels
+            inputs["num_crops"] = torch.tensor([len(image) for image in images])
+        return inputs
 
     def light_rows(self, row: int) -> tuple[list[int], list[int]]:
         """Natural rows and the file's rows of the newline and text tokens of one sample."""
