@@ -337,6 +337,8 @@ def test_seedbench_takes_the_first_character() -> None:
 def test_gqa_deletes_punctuation_and_keeps_articles() -> None:
     assert exact_match("Dark-blue.", "darkblue") == 1
     assert exact_match("dark-blue", "dark blue") == exact_match("the cat", "cat") == 0
+    assert exact_match("İ", "i") == exact_match("İzmir", "İZMİR") == 1
+    assert exact_match("İ", "i\u0307") == 0  # its two characters in lower case
 
 
 def test_an_unread_box_has_its_centre_in_the_corner() -> None:
