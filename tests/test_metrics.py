@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import golden_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -387,10 +386,26 @@ def test_bootstrap_interval_encloses_the_mean_and_is_repeatable() -> None:
     assert bootstrap_interval([0.3] * 7) == pytest.approx((0.3, 0.3))
 
 
-def golden_rows() -> list[dict]:
-    folder = os.environ.get("PROXYV_GOLDEN")
-    files = sorted(Path(folder).glob("metrics/*.jsonl")) if folder else []
-    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+def metric_rows() -> list[dict[str, Any]]:
+    rows = golden_rows("metrics/*.jsonl")
+    if not rows:
+        pytest.skip("PROXYV_GOLDEN names no folder with rows in metrics/*.jsonl")
+    return rows
+
+
+@pytest.mark.parametrize("there", [[], ["anls.jsonl"]])
+def test_rows_are_found_by_pattern_and_none_is_a_skip(there, tmp_path, monkeypatch) -> None:
+    row = {"metric": "anls", "prediction": "a\u2028b\x85\x1cc", "references": ["\n"]}
+    (tmp_path / "metrics").mkdir()
+    for name in there:
+        text = json.dumps(row, ensure_ascii=False) + "\n"
+        (tmp_path / "metrics" / name).write_text(text * 2, encoding="utf-8")
+    monkeypatch.setenv("PROXYV_GOLDEN", str(tmp_path))
+    if there:
+        assert metric_rows() == [row, row]
+    else:
+        with pytest.raises(pytest.skip.Exception, match=r"no folder with rows in metrics/\*"):
+            metric_rows()
 
 
 def refcoco(measure: Callable[[Box, Box], float], row: dict[str, Any]) -> float:
@@ -456,10 +471,9 @@ GOLDEN: dict[str, Callable[[dict[str, Any]], float]] = {
 @pytest.mark.golden
 @pytest.mark.parametrize("metric", GOLDEN)
 def test_golden_scores(metric: str) -> None:
-    if "PROXYV_GOLDEN" not in os.environ:
-        pytest.skip("PROXYV_GOLDEN is not set: no reference outputs to compare with")
-    rows = [row for row in golden_rows() if row["metric"] == metric]
-    assert rows, f"no {metric} rows in PROXYV_GOLDEN"
+    rows = [row for row in metric_rows() if row["metric"] == metric]
+    if not rows:
+        pytest.skip(f"PROXYV_GOLDEN has no row of the metric {metric}")
     scores = [GOLDEN[metric](row) for row in rows]
     wrong = [
         (row["prediction"], row["references"], row["score"], score)
@@ -471,9 +485,7 @@ def test_golden_scores(metric: str) -> None:
 
 @pytest.mark.golden
 def test_golden_intermediate_results() -> None:
-    if "PROXYV_GOLDEN" not in os.environ:
-        pytest.skip("PROXYV_GOLDEN is not set: no reference outputs to compare with")
-    rows = golden_rows()
+    rows = metric_rows()
     assert {row["metric"] for row in rows} <= GOLDEN.keys()
     for row in rows:
         if row["metric"] == "vqa_accuracy":

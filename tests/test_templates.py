@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import golden_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -29,7 +30,6 @@ from proxyv.data.templates import (
 from proxyv.model.chat_templates import TEMPLATES, Template
 from proxyv.train.stage0.tokenizer import build_tokenizer
 
-GOLDEN = os.environ.get("PROXYV_GOLDEN")
 TOKENIZERS = os.environ.get("PROXYV_TOKENIZERS")
 NOT_ORDINARY = (
     "special_token",
@@ -249,13 +249,14 @@ def real_renderer(template: str, name: str | None = None) -> Renderer:
     return Renderer(real_tokenizer(name or FOLDERS[template]), template, image_token_id=-200)
 
 
-def golden_rows() -> list[dict]:
-    if not GOLDEN or not TOKENIZERS:
-        return []
-    rows = []
-    for path in sorted(Path(GOLDEN, "templates").glob("*_templates.jsonl")):
-        rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if not any(word in row["case"] for word in NOT_ORDINARY)]
+def template_rows() -> list:
+    """Parameters for the ordinary rows, or one that is skipped."""
+    rows = golden_rows("templates/*_templates.jsonl") if TOKENIZERS else []
+    rows = [row for row in rows if not any(word in row["case"] for word in NOT_ORDINARY)]
+    reason = "PROXYV_TOKENIZERS is not set, or PROXYV_GOLDEN has no templates/*_templates.jsonl"
+    return [pytest.param(row, id=f"{row['template']}-{row['case']}") for row in rows] or [
+        pytest.param(None, marks=pytest.mark.skip(reason), id="none")
+    ]
 
 
 def without_stray_spaces(ids: list[int], template: str) -> list[int]:
@@ -305,10 +306,7 @@ def labels_by_search(ids: list[int], template: str, answers: list[str]) -> list[
 
 
 @pytest.mark.golden
-@pytest.mark.skipif(
-    not (GOLDEN and TOKENIZERS), reason="PROXYV_GOLDEN and PROXYV_TOKENIZERS are not both set"
-)
-@pytest.mark.parametrize("row", golden_rows(), ids=lambda row: f"{row['template']}-{row['case']}")
+@pytest.mark.parametrize("row", template_rows())
 def test_golden_rows(row):
     template = row["template"]
     renderer = real_renderer(template, row["tokenizer"])
