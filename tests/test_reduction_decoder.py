@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reduction_cases import golden_cases, read, sister
+from reduction_cases import golden_cases, read, settings_of, sister
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -28,6 +28,8 @@ from proxyv.reduction.prompt import choose_rows
 from proxyv.reduction.pyramiddrop import PyramidDrop
 from proxyv.reduction.rows import Rows, before_answers, select
 from proxyv.reduction.stages import layer_stages
+
+FASTV_SETTING = r"k(\d+)_r(\d+)\."  # K, and the percentage that is dropped
 
 
 def tiny_llama(attention: str = "sdpa", key_heads: int = 4) -> LlamaModel:
@@ -70,25 +72,33 @@ def run_golden(model, method: DecoderReduction, case: dict[str, Tensor], judges=
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("setting", ["k2_r50", "k3_r75"])
 @pytest.mark.parametrize("path", golden_cases("fastv"))
-def test_fastv_golden(path, setting, attention) -> None:
+def test_fastv_golden(path, attention) -> None:
     model = golden_llama(path, "fastv", attention)
-    case = read(path) | read(path, f"{setting}.")
-    method = FastV(layer=int(setting[1]), ratio=int(setting[-2:]) / 100)
-    hidden, left, lengths, decoded = run_golden(model, method, case)
-    assert left.origin[0].tolist() == case["keep_index"].tolist() == left.positions[0].tolist()
-    assert lengths == case["cache_lengths_after_prefill"].tolist()
-    torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(decoded, case["decode_hidden"], atol=1e-4, rtol=0)
+    for layer, percent in settings_of(path, FASTV_SETTING):
+        case = read(path) | read(path, f"k{layer}_r{percent}.")
+        method = FastV(layer=layer, ratio=percent / 100)
+        hidden, left, lengths, decoded = run_golden(model, method, case)
+        assert left.origin[0].tolist() == case["keep_index"].tolist() == left.positions[0].tolist()
+        assert lengths == case["cache_lengths_after_prefill"].tolist()
+        torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(decoded, case["decode_hidden"], atol=1e-4, rtol=0)
 
 
-PYRAMID = PyramidDrop(layers=(2, 4), ratios=(0.5, 0.25))
+def pyramid_of(case: dict[str, Tensor]) -> PyramidDrop:
+    """The method whose drops are those that a file's cache lengths show."""
+    lengths = case["cache_lengths_after_prefill"].tolist()
+    layers = [i for i in range(1, len(lengths)) if lengths[i] < lengths[i - 1]]
+    size = int(one_image(lengths[0]).sum())
+    return PyramidDrop(layers, [(lengths[i] - lengths[0] + size) / size for i in layers])
 
 
-def kept_twice(case: dict[str, Tensor]) -> list[int]:
-    """Rows of the prompt left after both drops; the second counts among those of the first."""
-    return case["stage0.kept_index"][case["stage1.kept_index"]].tolist()
+def kept_last(case: dict[str, Tensor]) -> list[int]:
+    """Rows of the prompt left after all drops; each drop counts among those of the one before."""
+    kept = torch.arange(case["inputs_embeds"].shape[1])
+    for stage in range(sum(name[:5] == "stage" for name in case)):
+        kept = kept[case[f"stage{stage}.kept_index"]]
+    return kept.tolist()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -96,9 +106,11 @@ def kept_twice(case: dict[str, Tensor]) -> list[int]:
 def test_pyramiddrop_golden(path, attention) -> None:
     model = golden_llama(path, "pyramiddrop", attention)
     case = read(path)
-    hidden, left, lengths, decoded = run_golden(model, PYRAMID, case)
-    assert left.origin[0].tolist() == kept_twice(case)
-    assert left.positions.tolist() == case["prefill_position_ids.layer4"].tolist()
+    method = pyramid_of(case)
+    hidden, left, lengths, decoded = run_golden(model, method, case)
+    assert left.origin[0].tolist() == kept_last(case)
+    last = f"prefill_position_ids.layer{method.layers[-1]}"
+    assert left.positions.tolist() == case[last].tolist()
     assert lengths == case["cache_lengths_after_prefill"].tolist()
     torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
     torch.testing.assert_close(decoded, case["decode_hidden"], atol=1e-4, rtol=0)
@@ -109,8 +121,8 @@ def test_pyramiddrop_golden(path, attention) -> None:
 def test_pyramiddrop_training_golden(path, attention) -> None:
     model = golden_llama(path, "pyramiddrop", attention)
     case = read(path) | read(path, "train.")
-    hidden, left, _, _ = run_golden(model, PYRAMID, case, before_answers(case["labels"]))
-    assert left.origin[0].tolist() == kept_twice(case)
+    hidden, left, _, _ = run_golden(model, pyramid_of(case), case, before_answers(case["labels"]))
+    assert left.origin[0].tolist() == kept_last(case)
     assert case["labels"].gather(1, left.origin).tolist() == case["labels_out"].tolist()
     torch.testing.assert_close(hidden, case["last_hidden_state"], atol=1e-4, rtol=0)
 
@@ -126,7 +138,9 @@ def test_pyramiddrop_batch_golden(path) -> None:
     )  # fmt: skip
     rows = Rows.build(image, valid=case["attention_mask"])
     rope = model.rotary_emb(case["features"], position_ids=rows.positions)
-    kept = choose_rows(PYRAMID, 0, model.layers[2], case["features"], rope, rows)
+    method = pyramid_of(read(path))
+    layer = model.layers[method.layers[0]]
+    kept = choose_rows(method, 0, layer, case["features"], rope, rows)
     left, index = rows.keep(kept, renumber=True)
     assert torch.equal(left.valid, case["out_attention_mask"])
     features = case["features"].gather(1, index[..., None].expand(-1, -1, 32))
@@ -135,22 +149,22 @@ def test_pyramiddrop_batch_golden(path) -> None:
     assert torch.equal(left.positions[left.valid], case["out_position_ids"][left.valid])
 
 
-@pytest.mark.parametrize("setting", ["k2_r50", "k3_r75"])
 @pytest.mark.parametrize("path", golden_cases("fastv"))
-def test_fastv_reads_the_attention_of_the_layer_before_golden(path, setting) -> None:
+def test_fastv_reads_the_attention_of_the_layer_before_golden(path) -> None:
     model = golden_llama(path, "fastv", "sdpa")
-    embeds, layer = read(path)["inputs_embeds"], model.layers[int(setting[1]) - 1]
+    embeds = read(path)["inputs_embeds"]
     rows = Rows.build(one_image(embeds.shape[1]))
-    entering: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-    with torch.no_grad():
-        model(inputs_embeds=embeds)
-        handle.remove()
-        rope = model.rotary_emb(embeds, position_ids=rows.positions)
-        query, key = decoder_heads(layer, entering[0], rope, rows.queries)
-        ours = causal_rows(query, key, rows, layer.self_attn.scaling)
-    expected = read(path, f"{setting}.")["attn_last_token"]
-    torch.testing.assert_close(ours[0, :, 0], expected, atol=1e-5, rtol=0)
+    for number, percent in settings_of(path, FASTV_SETTING):
+        layer, entering = model.layers[number - 1], []
+        handle = layer.register_forward_pre_hook(lambda _, args, to=entering: to.append(args[0]))
+        with torch.no_grad():
+            model(inputs_embeds=embeds)
+            handle.remove()
+            rope = model.rotary_emb(embeds, position_ids=rows.positions)
+            query, key = decoder_heads(layer, entering[0], rope, rows.queries)
+            ours = causal_rows(query, key, rows, layer.self_attn.scaling)
+        expected = read(path, f"k{number}_r{percent}.")["attn_last_token"]
+        torch.testing.assert_close(ours[0, :, 0], expected, atol=1e-5, rtol=0)
 
 
 def small_family(name: str):
@@ -282,6 +296,7 @@ def batch(padding: str) -> tuple[Tensor, Tensor, Tensor]:
     return embeds, image, valid
 
 
+PYRAMID = PyramidDrop(layers=(2, 4), ratios=(0.5, 0.25))
 METHODS = [FastV(2, 0.5), FastV(1, 0.8), PYRAMID]
 
 

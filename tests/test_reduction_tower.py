@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reduction_cases import golden_cases, read
+from reduction_cases import golden_cases, read, settings_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -162,10 +162,11 @@ def test_prumerge_adaptive_golden(path, variant) -> None:
 
 @pytest.mark.parametrize("path", golden_cases("prumerge"))
 def test_prumerge_fixed_golden(path) -> None:
-    case = read(path, "fixed16.")
-    out = reduced(case, PruMerge(plus=False, ratio=1 / 16))
-    assert torch.equal(out.origin[:, :-1], case["prumerge.index"])
-    torch.testing.assert_close(out.tokens, case["prumerge.out"], atol=1e-5, rtol=0)
+    for (part,) in settings_of(path, r"fixed(\d+)\."):
+        case = read(path, f"fixed{part}.")
+        out = reduced(case, PruMerge(plus=False, ratio=1 / part))
+        assert torch.equal(out.origin[:, :-1], case["prumerge.index"])
+        torch.testing.assert_close(out.tokens, case["prumerge.out"], atol=1e-5, rtol=0)
 
 
 def slow_prumerge(crop: TowerStates, method: PruMerge) -> tuple[list[int], Tensor]:
