@@ -323,7 +323,7 @@ def test_a_changed_preset_is_refused(interrupted: Path, tmp_path: Path) -> None:
     changed = PLAN.format(folder=interrupted).replace("seed: 3", "seed: 4")
     (tmp_path / "mini.yaml").write_text(changed)
     places = ["--runs", str(interrupted / "runs"), "--results", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4"):
+    with pytest.raises(ValueError, match=r"'seed': 3.*'seed': 4.*models .* move all of .*runs"):
         main(["run", "--preset", str(tmp_path / "mini.yaml"), "--seeds", "1", *places])
     assert not list(tmp_path.glob("**/*.json"))  # before any arm
 

@@ -320,8 +320,14 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, plan: Plan) -> None:
 
 def put_curve(folder: Path, rows: list[dict]) -> None:
     """The file of the redundancy study."""
-    made = {"versions": {"torch": "2.13.0"}, "hardware": {"device": "a processor"}}
-    made["weights"] = "those of baseline, seed 1"  # type: ignore[assignment]
+    plan = find_plan("tiny")
+    made = {
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"device": "a processor"},
+        "weights": "those of baseline, seed 1",
+        "settings": {"tasks": ",".join(plan.score), "ratios": plan.curve, "limit": 1000},
+        "world": dict(plan.world),
+    }
     path = folder / "tiny" / CURVE
     path.write_text(json.dumps({"rows": rows, "commit": "0123456789abcdef", **made}))
 
@@ -452,7 +458,8 @@ def changed(key: str, value: Any) -> Any:
         ("settings.arm.model", {"start_layer": 2}, "arm.model is {'start_layer': 2} there"),
         ("settings.arm.control", "blank-images", "arm.control is 'blank-images' there, and None"),
         ("settings.world.seed", 1, "world.seed is 1 there, and 2026 in the preset tiny"),
-        ("settings.evaluation.answer_tokens", {"ccpdf": 8}, "evaluation.answer_tokens is"),
+        ("settings.world.side_px", 224, "world.side_px is 224 there, and None in"),
+        ("settings.evaluation.answer_tokens.ccpdf", 8, "evaluation.answer_tokens.ccpdf is 8 there"),
         ("settings.finetune.optim.lr", 0.5, "finetune: optim.lr is 0.5 there"),
         ("settings.pretrain.run.seed", 3, "pretrain: run.seed is 3 there, and 1 in"),
         ("tasks.docvqa.samples", 2000, "the number of questions of docvqa is 2000 there"),
@@ -517,15 +524,26 @@ def test_arms_of_a_seed_are_trained_in_one_type(
     assert "was trained in bfloat16 and baseline-seed1.json" in capsys.readouterr().err
 
 
-def test_a_curve_of_another_baseline_is_refused(
-    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("weights", "others", "weights: others there, and those of baseline, seed 1 in"),
+        ("settings.tasks", "docvqa", "tasks: docvqa there, and docvqa,chartqa,"),
+        ("settings.ratios", "0,1", "shares: 0,1 there, and 0,0.125,"),
+        ("settings.limit", 10, "questions of a task: 10 there, and 1000 in"),
+        ("world.printed", False, "'printed': False"),
+    ],
+)
+def test_a_curve_that_was_made_otherwise_is_refused(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str], key: str, value: Any, said: str
 ) -> None:
     fill(tmp_path, plan, 0.0, (1,))
     put_curve(tmp_path, [])
-    rewrite(tmp_path, "redundancy", changed("weights", "others"))
+    rewrite(tmp_path, "redundancy", changed(key, value))
     words = ["report", "--presets", "tiny", "--results", str(tmp_path)]
     assert run_command(main, [*words, "--output", str(tmp_path / "report.md")]) == 2
-    assert "is of a model with weights others" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error and "move it" in error
 
 
 def test_another_folder_than_the_repository_is_refused(
@@ -537,6 +555,18 @@ def test_another_folder_than_the_repository_is_refused(
         assert run_command(main, [command]) == 2
         assert f"cd {ROOT} first" in capsys.readouterr().err
     assert run_command(main, ["status", "--results", str(tmp_path)]) == 0
+
+
+def test_a_copy_that_was_put_aside_is_refused(
+    tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers would stand in place of those of the file that it was copied from."""
+    fill(tmp_path, plan, 0.0, (1,))
+    folder = tmp_path / "tiny"
+    (folder / "baseline-seed1_old.json").write_bytes((folder / "baseline-seed1.json").read_bytes())
+    words = ["report", "--presets", "tiny", "--results", str(tmp_path)]
+    assert run_command(main, [*words, "--output", str(tmp_path / "report.md")]) == 2
+    assert "baseline-seed1_old.json holds what is baseline-seed1.json" in capsys.readouterr().err
 
 
 def test_damaged_and_foreign_files_are_refused(

@@ -322,13 +322,7 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
         (output.parent / name).unlink(missing_ok=True)
         return None
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    base = table.get(("baseline", plan.seeds[0]))
-    if base is not None and found["weights"] != base.content["weights"]:
-        raise CommandError(
-            f"{path} is of a model with weights {found['weights']}, and {base.path.name} says "
-            f"{base.content['weights']}: move it and the folder redundancy of the runs away, and "
-            "run the baseline's arm again, which draws it"
-        )
+    _check_curve(plan, table, path, found)
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     depth = max((round(row["layers"] / row["ratio"]) for row in rows if row["ratio"]), default=0)
     trained = _by_start(plan, table, depth)
@@ -364,6 +358,26 @@ def _curve(plan: Plan, table: Table, folder: Path, output: Path) -> dict[str, An
         "torch": found["versions"]["torch"],
         "command": f"bash scripts/reproduce.sh {plan.name} --arms baseline --seeds {plan.seeds[0]}",
     }
+
+
+def _check_curve(plan: Plan, table: Table, path: Path, found: Mapping[str, Any]) -> None:
+    """Hold that the curve is of the baseline that is here, asked as the preset says now."""
+    asked, base = found["settings"], table.get(("baseline", plan.seeds[0]))
+    world = dict(plan.world)
+    pairs = {
+        "weights": (found["weights"], base.content["weights"] if base else found["weights"]),
+        "tasks": (asked["tasks"], ",".join(plan.score)),
+        "shares": (asked["ratios"], plan.curve),
+        "questions of a task": (asked["limit"], plan.tasks[plan.score[0]]),
+        "world": (found.get("world", world), world),  # the first file does not say it
+    }
+    for what, (there, wanted) in pairs.items():
+        if there != wanted:
+            raise CommandError(
+                f"{path}: {what}: {there} there, and {wanted} in the baseline's result or the "
+                f"preset {plan.name}: move it and the folder redundancy of the runs away, and run "
+                "the baseline's arm again, which draws it"
+            )
 
 
 def _by_start(plan: Plan, table: Table, depth: int) -> dict[int, Share]:

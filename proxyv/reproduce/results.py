@@ -214,6 +214,9 @@ def _read(plan: Plan, path: Path) -> Result:
     if missing:
         raise CommandError(f"{path} is no result file: it has no {', '.join(missing)}")
     result = Result(path, content)
+    name = f"{result.arm}-seed{result.seed}.json"
+    if path.name != name:  # a copy that was put aside would count beside the file that it is of
+        raise CommandError(f"{path} holds what is {name}: give it that name, or move it away")
     for what, found, wanted in _differences(plan, result):
         raise CommandError(
             f"{path}: {what} is {found!r} there, and {wanted!r} in the preset {plan.name}: undo "
@@ -232,15 +235,14 @@ def _differences(plan: Plan, result: Result) -> Iterator[tuple[str, Any, Any]]:
     if not result.done:
         return
     settings, job = content["settings"], Job(plan.arms[result.arm], result.seed)
-    answers = {"answer_tokens": dict(plan.answer_tokens)}
     for name, found, wanted in (
         ("arm", settings["arm"], job.arm.settings()),
-        ("world", settings["world"], dict(plan.world)),
-        ("evaluation", settings["evaluation"], answers),
+        ("world", settings["world"], plan.world),
+        ("evaluation.answer_tokens", settings["evaluation"]["answer_tokens"], plan.answer_tokens),
     ):
-        for key, value in wanted.items():
-            if found.get(key) != value:  # a file from before a key came has none: it was None
-                yield f"{name}.{key}", found.get(key), value
+        for key in dict.fromkeys([*wanted, *found]):
+            if found.get(key) != wanted.get(key):  # what is not named was None: a new key, or none
+                yield f"{name}.{key}", found.get(key), wanted.get(key)
     for stage in STAGES:
         trained = settings_of(settings[stage], str(result.path))
         runs = Path(str(trained.run.output_dir)).parents[1]

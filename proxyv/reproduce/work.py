@@ -104,8 +104,8 @@ def make_world(plan: Plan, runs: Path) -> Path:
         found = json.loads(stamp.read_text(encoding="utf-8"))
         if found != wanted:
             raise ValueError(
-                f"{folder} was drawn with {found}, the preset says {wanted}: results on both would "
-                "be mixed; move that folder and the result files away"
+                f"{folder} was drawn with {found}, the preset says {wanted}: models and results of "
+                f"both would be mixed; move all of {runs} and the result files away"
             )
         return folder
     from proxyv.synthetic.world import write_world  # fonts and matplotlib only where it is drawn
@@ -239,7 +239,7 @@ def run_curve(plan: Plan, runs: Path, results: Path, say: Callable[[str], None])
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     study(["redundancy", *words])
     found = json.loads((output / "redundancy.json").read_text(encoding="utf-8"))
-    write_json(target, {**found, "weights": fingerprint(model)})
+    write_json(target, {**found, "weights": fingerprint(model), "world": dict(plan.world)})
 
 
 def stage_settings(
