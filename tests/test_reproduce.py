@@ -36,6 +36,7 @@ from proxyv.reproduce.progress import JobState, job_states, left_seconds
 from proxyv.reproduce.results import pack, unpack
 from proxyv.reproduce.work import run_job, stage_settings
 from proxyv.study.kept import kept_patches
+from proxyv.study.redundancy import layer_counts
 from proxyv.synthetic.training_kinds import Sizes, draw_row
 from proxyv.train import run as train_run
 from proxyv.train.build import build, build_on_meta, resolve
@@ -469,6 +470,17 @@ def test_shipped_presets_are_complete() -> None:
                 epochs = {"tiny": (0.5, 1.0 + long), "smol": (2.0, 2.0 + 2.0 * long)}[name]
                 assert (first.optim.epochs, settings.optim.epochs) == epochs
                 assert settings.run.seed == job.seed
+
+
+@pytest.mark.parametrize(("name", "depth"), [("smol", 30), ("tiny", 8)])
+def test_the_curve_of_a_shipped_preset_has_a_row_for_every_start(name: str, depth: int) -> None:
+    """ProxyV stands beside the baseline whose same layers are masked."""
+    plan = find_plan(name)
+    assert plan.curve is not None
+    asked = layer_counts([float(share) for share in plan.curve.split(",")], depth)
+    for arm in plan.arms.values():
+        if arm.model.keys() == {"start_layer"} and arm.model["start_layer"] is not None:
+            assert depth - arm.model["start_layer"] in asked, arm.name
 
 
 @pytest.mark.parametrize("name", presets())
