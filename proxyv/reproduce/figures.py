@@ -18,6 +18,7 @@ class Point(NamedTuple):
     score: float
     low: float
     high: float
+    trained: bool
 
 
 class Share(NamedTuple):
@@ -33,6 +34,7 @@ def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
     """Score against FLOPs, one mark for each arm; the same points give the same file.
 
     Arms lie too close for their names: each is a letter, and the key has them from the best down.
+    Marks of arms that were not trained are hollow.
     """
     figure, axes = _figure(width=9)
     for number, point in enumerate(sorted(points, key=lambda point: -point.score)):
@@ -44,6 +46,7 @@ def draw_scores(path: Path, title: str, points: Sequence[Point]) -> None:
             [point.score],
             yerr=bars,
             marker=marker,
+            fillstyle="full" if point.trained else "none",
             linestyle="none",
             capsize=3,
             label=f"{letter}  {point.title}",

@@ -183,7 +183,7 @@ def _arm_row(plan: Plan, table: Table, arm: Arm) -> dict[str, Any] | None:
         "relative": _relative(plan, table, arm) if alike else NONE,
         "flops": _percent(_flops_saved(results)),
         "as_run": _percent(_flops_saved(results, "as_run")),
-        "time": NONE if arm.name == "baseline" else _time_saved(results, "prefill"),
+        "time": _time_saved(results, "prefill"),
         "training": _training_saved(arm, results),
         "paper_relative": f"{paper.relative:.1f}" if paper else NONE,
         "paper_flops": str(paper.flops) if paper and paper.flops is not None else NONE,
@@ -230,11 +230,7 @@ def _flops_saved(results: Sequence[Result], count: str = "paper") -> float:
 
 
 def _training_saved(arm: Arm, results: Sequence[Result]) -> str:
-    if arm.name == "baseline":
-        return NONE
-    if arm.checkpoint is not None:
-        return "not trained"
-    return _time_saved(results, "step")
+    return "not trained" if arm.checkpoint is not None else _time_saved(results, "step")
 
 
 def _time_saved(results: Sequence[Result], what: str) -> str:
@@ -306,7 +302,7 @@ def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
             base = mean_interval(_of(plan, table, "baseline"), plan.score)[0]
             score = [base + value for value in (gap.value, *gap.interval)]
             flops = 100 - _flops_saved(_of(plan, table, arm.name))
-            points.append(Point(arm.title, flops, *score))
+            points.append(Point(arm.title, flops, *score, trained=arm.checkpoint is None))
     name = f"{output.stem}-{plan.name}-scores.png"
     if not points:
         (output.parent / name).unlink(missing_ok=True)
