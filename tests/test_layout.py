@@ -105,12 +105,32 @@ def test_released_positions_of_five_crops_are_the_documented_ones() -> None:
     assert layout.slots[0, newlines].tolist() == [base, *(base + PER_CROP * c for c in range(4))]
 
 
+@pytest.mark.parametrize(("side", "block"), [(4, 2), (6, 3), (4, 4), (4, 1)])
+def test_proxies_of_blocks_sit_in_their_middles(side: int, block: int) -> None:
+    """Of an even block, at the last of its middle four; one proxy for each block of each crop."""
+    image = torch.arange(2 + 2 * (side**2 + 1)) >= 2  # text, then two crops
+    spans = find_images(image[None], grids([2], side))
+    real = torch.ones_like(image)[None]
+    layout = build_layout(spans, real, lambda side: (side // block) ** 2, block=block)
+    expected = []
+    for crop in range(2):
+        first = 2 + crop * (side**2 + 1)
+        for y in range(0, side, block):
+            for x in range(0, side, block):
+                rows = [first + (y + i) * side + x + j for i in range(block) for j in range(block)]
+                middle = {1: 0, 2: 3, 3: 4, 4: 10}[block]  # of the block in raster order
+                expected.append(rows[middle])
+    positions = 100 + torch.arange(len(image))[None]
+    assert layout.proxy_positions(positions)[0].tolist() == [100 + row for row in expected]
+
+
 def test_segments_only_where_all_rows_are_alike() -> None:
     assert lay_out([[2, "2", 3]])[0].segments == (
         (False, 0, 2), (True, 0, 16), (False, 2, 3), (True, 16, 32), (False, 3, 7)
     )  # fmt: skip
     assert lay_out([[2, "1"], [2, "1"]])[0].segments is not None
     assert lay_out([[2, "1"], [1, "1"]])[0].segments is None
+    assert lay_out([[2, "1", 1], [1, "1", 2]])[0].segments is None  # as many rows, elsewhere
 
 
 def test_moving_keeps_everything() -> None:
