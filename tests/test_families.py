@@ -112,8 +112,9 @@ def test_adapters_on_the_fused_projection_are_not_bypassed(generator) -> None:
     torch.testing.assert_close(merged, changed, **CLOSE)
 
 
-def test_residual_dropouts_act_in_training_only(generator) -> None:
-    model = family_model("phi3", text={"resid_pdrop": 0.5})
+@pytest.mark.parametrize("dropout", ["resid_pdrop", "attention_dropout"])
+def test_dropouts_act_in_training_only(dropout, generator) -> None:
+    model = family_model("phi3", text={dropout: 0.5})
     inputs = collate([sample([2, "1", 3], model.config, generator)])
     with torch.no_grad():
         still = family_model("phi3")(**inputs).logits

@@ -58,6 +58,16 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
     assert seen == [5, 5, 2] * 2 or sorted(seen) == [2, 2, 5, 5, 5, 5]
 
 
+def test_the_loss_of_half_precision_is_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    layer, targets = LanguageHead(8, 11).bfloat16(), torch.arange(300) % 11
+    rows = torch.randn(300, 8, generator=generator).bfloat16()
+    loss = layer(rows, targets)
+    exact = nn.functional.cross_entropy(layer(rows).float(), targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact)
+
+
 def test_nothing_supervised_is_a_zero_with_gradients():
     layer = LanguageHead(8, 11)
     rows = torch.randn(2, 3, 8, requires_grad=True)
