@@ -86,6 +86,8 @@ def test_a_decoding_step_costs_what_the_baseline_costs(start):
             model(input_ids=ids[None, -1:], past_key_values=cache)
     expected = run_flops(model.config, RowTokens(crops=0, text=1, past=len(ids)))
     assert counter.get_total_flops() == sum(expected.values())
+    step = RowTokens(crops=0, text=1, past=len(ids))
+    assert run_flops(model.config, step, causal=True) == expected  # it sees every row before it
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == kv_cache_bytes(model.config, RowTokens(0, 1, past=len(ids)), 4)
 
