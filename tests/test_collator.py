@@ -183,6 +183,18 @@ def test_rows_are_cut_on_the_right_but_never_inside_an_image():
         crowded.render(row, [1])
 
 
+def test_a_row_may_end_with_an_image_and_not_one_token_before():
+    pipeline = ImagePipeline(PIPELINE.inputs, PIPELINE.count_crops, rows_per_crop=30)
+    renderer, [row] = Renderer(build_tokenizer(), "tiny"), rows(1)
+    whole = ConversationDataset([row], renderer, pipeline, max_length=99).render(row, [1])
+    end = len(whole.input_ids) - whole.input_ids[::-1].index(renderer.image_token_id)
+    cut = ConversationDataset([row], renderer, pipeline, max_length=end).render(row, [1])
+    assert cut.input_ids == whole.input_ids[:end]
+    shorter = ConversationDataset([row], renderer, pipeline, max_length=end - 1)
+    with pytest.raises(DataError, match=f"max_length={end - 1} .*lose part of an image"):
+        shorter.render(row, [1])
+
+
 def test_rows_without_supervision_stop_the_run():
     kept = rows(99, image=False)
     lost = parse_row(

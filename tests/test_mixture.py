@@ -80,6 +80,14 @@ def test_mixture_weights_lists_and_folders(tmp_path):
     assert open_source(str(tmp_path / "mix.yaml"), None).fingerprint != source.fingerprint
 
 
+def test_a_share_is_rounded_and_every_entry_draws_its_own(tmp_path):
+    """0.29 * 100 is a little less than 29 in floating point."""
+    rows = write_json(tmp_path / "rows.jsonl", [record(str(i)) for i in range(100)])
+    (tmp_path / "mix.yaml").write_text(2 * f"- {{annotations: {rows}, weight: 0.29}}\n")
+    found = names(open_source(str(tmp_path / "mix.yaml"), None))
+    assert len(found) == 2 * 29 and len(set(found)) > 29
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
