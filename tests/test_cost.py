@@ -7,7 +7,8 @@ import torch
 from tiny_models import collate, sample, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from proxyv.train.cost import RowShape, peak_flops, row_flops
+from proxyv.train.cost import RowShape, peak_flops, row_flops, trained_parts
+from proxyv.train.stages import PartCount
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,11 @@ def test_frozen_parts_cost_less():
         "proxyv": 3,
         "lm_head": 2,
     }
+
+
+def test_a_part_of_which_adapters_train_is_frozen():
+    parts = [("projector", 10, 10), ("proxyv", 9, 6), ("language_model", 100, 2), ("lm_head", 7, 0)]
+    assert trained_parts([PartCount(*part) for part in parts]) == {"projector", "proxyv"}
 
 
 def test_devices():

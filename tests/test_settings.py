@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from proxyv.files import write_text
-from proxyv.train.arguments import accumulation_steps, deepspeed_config, total_steps
+from proxyv.train.arguments import (
+    accumulation_steps,
+    deepspeed_config,
+    total_steps,
+    training_arguments,
+)
 from proxyv.train.config_files import describe_settings, load_settings, preset_file, settings_yaml
 from proxyv.train.settings import Settings, walk
 
@@ -177,6 +182,19 @@ def test_steps(tmp_path, rows, ranks, drop_last, steps):
     batch = "optim.global_batch=512" if ranks == 8 else "optim.global_batch=16"
     settings = load(tmp_path, "", batch, f"data.drop_last={drop_last}")
     assert total_steps(settings, rows, ranks) == steps
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.5, 11), (0.5, 4), (2, 14), (0.01, 1)])
+def test_a_step_that_a_part_of_a_pass_begins_is_made(tmp_path, epochs, steps):
+    """Of seven steps a pass."""
+    settings = load(tmp_path, "", "optim.global_batch=16", f"optim.epochs={epochs}")
+    assert total_steps(settings, 100, 1) == steps
+
+
+def test_a_warmup_of_less_than_a_step_is_one(tmp_path):
+    more = ("optim.global_batch=16", "optim.warmup_ratio=0.03", "deepspeed.config=null")
+    settings = load(tmp_path, "", "model.dtype=float32", *more)
+    assert training_arguments(settings, tmp_path, 100, 1).warmup_steps == 1
 
 
 def test_limits_may_be_infinite_and_layers_several(tmp_path):
