@@ -602,6 +602,15 @@ def test_refcoco_asks_each_sentence_and_averages_both_parts(tmp_path: Path) -> N
     assert json.loads(truth[0]) == [0.25, 0.25, 0.75, 0.75]
 
 
+def test_refcoco_boxes_are_fractions_of_the_width_and_of_the_height() -> None:
+    task = BENCHMARKS["refcoco_testA"]
+    pixels = task.sample(0, {"answer": "man", "bbox": [8, 10, 24, 5]})  # x, y, width, height
+    sample = task.with_image_size(pixels, (40, 80))
+    assert json.loads(sample.references[0]) == pytest.approx([0.1, 0.25, 0.4, 0.375])
+    half, whole = "[0.25, 0.25, 0.5, 0.75]", "[0.25, 0.25, 0.75, 0.75]"
+    assert task.score(half, [whole]) == 1.0  # an overlap of exactly a half counts
+
+
 def test_refcoco_boxes_need_the_image_even_where_it_is_not_shown(tmp_path: Path) -> None:
     rows = Rows([{**box_row(0, []), "answer": "man"}], "memory")
     answer = lambda _: "[0.25, 0.25, 0.75, 0.75]"  # noqa: E731

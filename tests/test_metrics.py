@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -174,6 +175,13 @@ def test_boxes_by_hand() -> None:
     assert read_box("[.1, .2, .3, .4]") == read_box("nowhere") == (0.0, 0.0, 0.0, 0.0)
 
 
+def test_the_centre_of_a_box_by_hand() -> None:
+    assert center_inside((0.0, 0.4, 0.2, 0.6), (0.05, 0.45, 0.15, 0.55)) == 1  # of (0.1, 0.5)
+    assert center_inside((0.0, 0.4, 0.2, 0.6), (0.45, 0.05, 0.55, 0.15)) == 0
+    for corner in ((0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)):  # edges are inside
+        assert center_inside((0.0, 0.0, 1.0, 1.0), corner) == 1
+
+
 def test_mme_needs_pairs() -> None:
     assert mme_perception(["yes", "yes"], ["Yes", "No"], ["1", "1"], ["OCR", "OCR"]) == 50
     with pytest.raises(ValueError, match="image '1' of 'OCR' has 1 questions, 2 are needed"):
@@ -183,6 +191,9 @@ def test_mme_needs_pairs() -> None:
 def test_pages_by_hand() -> None:
     assert page_edit_distance("abcd", "abxd") == 0.25
     assert page_edit_distance("", "") == 0.0
+    assert page_edit_distance("a", "abcd") == page_edit_distance("abcd", "a") == 0.75
+    # Every 4-gram of the prediction is in the page, and it is short: exp(1 - 8 / 4).
+    assert page_bleu("a b c d", "a b c d e f g h") == pytest.approx(math.exp(-1))
     assert page_bleu("a b c d e", "a b c d e") == 1.0
     assert page_bleu("a b c d", "w x y z") < 1e-6
 
@@ -231,6 +242,7 @@ def test_vqa_text_removes_only_the_first_32_periods() -> None:
         ("t-shirt", "t shirt"),  # a hyphen is a space
         ("coca - cola", "coca cola"),  # beside a space it is deleted
         ("a-b c- d", "ab c d"),  # and then everywhere in the text
+        ("a-b c -d", "ab c d"),
         ("$1,000", "$1000"),
         ("3.5", "3.5"),
         ("The Red Car", "red car"),
@@ -260,6 +272,7 @@ ANIMALS = {"A": "cat", "B": "dog", "C": "bird", "D": "fish"}
     [
         ("A dog is here now", "B"),  # more than three words: "A" may be an article
         ("A dog", "A"),
+        ("A dog here", "A"),
         ("E", "E"),  # inferred although there is no option E
         ("a", None),
         ("(C).", "C"),
@@ -289,6 +302,8 @@ def test_the_loose_rules_are_asked_only_when_the_strict_ones_fail() -> None:
     assert chosen_option("Answer:D", ANIMALS) == "D"
     assert chosen_option("Well, B: or C: but the answer is D/x", ANIMALS) == "D"
     assert chosen_option("[B] it is", ANIMALS) == "B"
+    assert chosen_option("(A)/(B)/(A)!", ANIMALS) == "A"  # the last sign
+    assert chosen_option("[(B)] of the USA", ANIMALS) == "B"  # a word that ends with an A
     assert chosen_option("nothing", ANIMALS) is None
 
 

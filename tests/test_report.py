@@ -58,6 +58,11 @@ def test_p_value_is_that_of_all_swaps(pairs: list[tuple[int, int]]) -> None:
     assert turned.interval == pytest.approx((-found.interval[1], -found.interval[0]), abs=1e-9)
 
 
+def test_no_p_value_is_zero() -> None:
+    """The swaps as they are count as one of those drawn."""
+    assert paired_difference([[1.0] * 40], [[0.0] * 40]).p_value == 1 / 10_001
+
+
 def test_chance_differences_are_rarely_significant() -> None:
     generator = np.random.default_rng(0)
     values = [
