@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from small_training import break_token, make_backbones, make_rows, overrides
 from transformers import TrainerCallback
 
+from proxyv import ProxyVConfig
+from proxyv.data.templates import Renderer
 from proxyv.train import run
 from proxyv.train.config_files import load_settings
+from proxyv.train.cost import RowShape, row_flops
 from proxyv.train.group_norms import GroupNorms
+from proxyv.train.stage0.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,6 +87,7 @@ def test_a_step_that_is_left_out_moves_no_weight(world, tmp_path, monkeypatch):
     copies, make = Copies(), run.Progress
     monkeypatch.setattr(run, "Progress", lambda: [make(), copies][1])
     broken = {"model.language": world / "broken-language", "optim.max_steps": 6}
+    broken["run.max_skipped_steps"] = 2  # in a row, which those of two passes are not
     entries = metrics(train(world, tmp_path / "run", **broken))
     counts = [0, *(entry["skipped_steps"] for entry in entries)]
     left_out = [step for step in range(2, 7) if counts[step] > counts[step - 1]]
@@ -119,6 +124,25 @@ def test_like_rows_go_together(world, tmp_path):
     again = train(world, tmp_path / "again", **{"data.group_by_length": True})
     assert table.stat().st_mtime_ns == written
     assert [e["loss"] for e in metrics(folder)] == [e["loss"] for e in metrics(again)]
+
+
+def test_the_log_counts_tokens_and_flops_of_the_rows(world, tmp_path):
+    """One step over all of them; what pads them counts for nothing."""
+    batches = {"optim.max_steps": 1, "optim.global_batch": 12, "optim.micro_batch": 4}
+    folder = train(world, tmp_path / "run", **batches)
+    renderer, config = Renderer(build_tokenizer(), "tiny"), ProxyVConfig.from_pretrained(folder)
+    tokens = supervised = flops = 0.0
+    for row in json.loads((world / "rows.json").read_text()):
+        crops = int("image" in row)
+        rendered = renderer.render(row["conversations"], [65] * crops)  # 8 x 8 and a newline
+        length, labels = len(rendered.input_ids), rendered.num_supervised
+        shape = RowShape(crops, length - 65 * crops, labels)
+        flops += sum(row_flops(config, shape, {"projector", "proxyv"}).values())
+        tokens, supervised = tokens + length, supervised + labels
+    [entry] = metrics(folder)
+    assert entry["supervised_share"] == pytest.approx(supervised / tokens, abs=1e-4)
+    of_a_token = 1e12 * entry["tflops_per_second"] / entry["tokens_per_second"]
+    assert of_a_token == pytest.approx(flops / tokens, rel=0.01)
 
 
 def test_no_tracker_writes_nothing(world, tmp_path):

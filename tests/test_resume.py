@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,9 +159,11 @@ def test_how_often_to_log_and_to_save_may_change(world, tmp_path, monkeypatch, u
     assert [entry["step"] for entry in metrics(tmp_path)] == [3, 4, 5, 6]
     assert metrics(tmp_path)[1:] == metrics(uninterrupted)[3:]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    last = [entry for entry in map(json.loads, lines) if "loss" in entry][-1]
-    parts = [value for key, value in last.items() if key.startswith("grad_norm_")]
-    assert sum(norm**2 for norm in parts) ** 0.5 == pytest.approx(last["grad_norm"], rel=1e-4)
+    for entry in (entry for entry in map(json.loads, lines) if "loss" in entry):
+        parts = [value for key, value in entry.items() if key.startswith("grad_norm_")]
+        assert sum(norm**2 for norm in parts) ** 0.5 == pytest.approx(entry["grad_norm"], rel=1e-4)
+    means = [json.loads((f / run.FINISHED).read_text())["loss"] for f in (tmp_path, uninterrupted)]
+    assert means[0] == pytest.approx(means[1], abs=1e-3)
 
 
 def test_a_row_that_can_be_used_again_does_not_change_the_order(world, tmp_path, monkeypatch):
@@ -192,6 +195,19 @@ def test_a_row_that_can_be_used_again_does_not_change_the_order(world, tmp_path,
     finally:
         late.unlink()
     assert sorted(first + seen) == list(range(12))
+
+
+def test_a_run_that_does_not_go_on_has_an_order_of_its_own(world, tmp_path):
+    settings = settings_for(world, tmp_path)
+    np.savez(tmp_path / run.ORDER, lengths=[3, 4], has_image=[True, False])
+    assert run._begun_with(settings) is None  # nothing to go on from
+    (tmp_path / "checkpoint-2").mkdir()
+    assert [part.tolist() for part in run._begun_with(settings)] == [[3, 4], [True, False]]
+    settings.run.resume = False
+    assert run._begun_with(settings) is None
+    settings.run.resume = True
+    (tmp_path / run.FINISHED).touch()
+    assert run._begun_with(settings) is None
 
 
 def test_rows_left_out_are_those_of_this_run(world, tmp_path):
