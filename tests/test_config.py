@@ -25,6 +25,10 @@ def test_guided_width(width: int, ratio: float | None, expected: int) -> None:
     assert config.guided_width == expected
 
 
+def test_the_mlp_of_skipping_layers_has_a_quarter_of_any_width() -> None:
+    assert tiny_config(text={"hidden_size": 64}, skip="atn_ffn").guided_width == 16
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -21,6 +21,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from proxyv.data.collator import Collator
 from proxyv.data.templates import (
     IGNORE_INDEX,
+    Rendered,
     Renderer,
     Turn,
     as_turns,
@@ -122,8 +123,16 @@ def test_phrases_of_the_tiny_vocabulary_stay_one_token(tokenizer):
 
 
 def test_empty_answer_supervises_its_end_token(tokenizer):
-    rendered = render([Turn("user", "Q"), Turn("assistant", "")], tokenizer, "tiny")
-    assert supervised_text(tokenizer, rendered) == "</s>"
+    """Also where a space leads to other answers."""
+    other = Template("other", (), TEMPLATES["tiny"].user, answer=TEMPLATES["v1"].answer)
+    for template in ("tiny", other):
+        rendered = render([Turn("user", "Q"), Turn("assistant", "")], tokenizer, template)
+        assert supervised_text(tokenizer, rendered) == "</s>"
+
+
+def test_what_is_cut_off_in_two_steps_is_counted_whole():
+    rendered = Rendered([5, 6, 7, 8], [IGNORE_INDEX, 6, 7, 8])
+    assert rendered.cut(3).cut(2) == rendered.cut(2) == Rendered([5, 6], [IGNORE_INDEX, 6], 2)
 
 
 def test_one_image_moves_to_the_front_of_its_message_and_two_stay(tokenizer):
@@ -527,6 +536,8 @@ def test_plain_shows_the_images_and_not_the_question():
     assert real_renderer("plain", "qwen2").render(said, [2, 1]).input_ids[0] == -200
     with pytest.raises(ValueError, match="'plain' takes one question and one answer, got 4"):
         real_renderer("plain", "vicuna").render([*said, *said], [2, 1, 2, 1])
+    with pytest.raises(ValueError, match="'plain' takes one question and one answer, got 3"):
+        real_renderer("plain", "vicuna").render([*said, said[0]], [2, 1, 2, 1])
 
 
 @needs_tokenizers
