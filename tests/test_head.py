@@ -56,6 +56,9 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
     layer = LanguageHead(8, 11)
     layer(torch.randn(12, 8, requires_grad=True), torch.arange(12) % 11).backward()
     assert seen == [5, 5, 2] * 2 or sorted(seen) == [2, 2, 5, 5, 5, 5]
+    seen.clear()
+    layer(torch.randn(6, 8), torch.arange(6))  # hardly more than a chunk
+    assert seen == [5, 1]
 
 
 def test_the_loss_of_half_precision_is_summed_in_float32():

@@ -269,8 +269,8 @@ def test_transparent_deep_and_plain_images_come_as_the_processor_has_them():
 
     clear = decoded(Image.new("RGBA", (3, 2), (200, 0, 0, 0)))
     assert (clear.mode, clear.getpixel((1, 1))) == ("RGB", (255, 255, 255))
-    deep = decoded(Image.fromarray(np.full((2, 3), 128 * 257, dtype=np.uint16)))
-    assert deep.getpixel((1, 1)) == (128, 128, 128)
+    deep = decoded(Image.fromarray(np.full((2, 3), 200 * 257, dtype=np.uint16)))
+    assert deep.getpixel((1, 1)) == (200, 200, 200)
     assert decoded(Image.new("RGB", (3, 2), (1, 2, 3))).getpixel((0, 0)) == (1, 2, 3)
 
 
