@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from proxyv.cli import run_command
+from proxyv.cli import CommandError, run_command
 from proxyv.eval.benchmarks import BENCHMARKS
 from proxyv.files import write_json
 from proxyv.reproduce.__main__ import main
@@ -86,7 +86,7 @@ def content(arm: str, seed: int, parts: dict[str, np.ndarray], **more: Any) -> d
         "cost": {
             "flops": {"paper": 58, "as_run": 60},
             "baseline_flops": {"paper": 100, "as_run": 90},
-            "prefill_seconds": [0.6, 0.5, 0.7],
+            "prefill_seconds": [0.6, 0.5, 0.9],
             "baseline_prefill_seconds": [1.0, 1.0, 1.0],
             "step_seconds": [0.8, 0.7, 0.9],
             "baseline_step_seconds": [1.0, 1.0, 1.0],
@@ -202,6 +202,16 @@ def test_seeds_have_to_agree() -> None:
     assert verdict("worse", worse, 0.51) == verdict("worse", worse, None) == "cannot tell"
 
 
+def test_what_lies_on_the_line_lies_on_no_side() -> None:
+    """As an arm beside itself does."""
+    same = Gap(0.0, (0.0, 0.0), 1.0, {1: 0.0})
+    assert verdict("better", same, 0.1) == verdict("worse", same, 0.1) == "cannot tell"
+    assert verdict("not worse", same, 0.1) == "holds"
+    edge = Gap(-1.0, (-1.0, -1.0), 0.001, {1: -1.0})
+    assert verdict("not worse", edge, 0.1) == "cannot tell"
+    assert verdict("worse", edge, 0.1) == "holds"
+
+
 def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
     """The baseline keeps 0.9 of one task with other images and a third of the others."""
     parts = fill(tmp_path, plan, -0.04)
@@ -258,6 +268,26 @@ def test_figure_1_places_arms_by_their_gap(
     assert [zipped.low - base, zipped.high - base] == pytest.approx(ends, abs=0.01)
     assert points["baseline"][2:5] == pytest.approx((base, base, base))
     assert points["baseline"].trained and not zipped.trained
+
+
+def test_figure_2_places_arms_by_their_share_of_proxyv_layers(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One arm from layer 3 of 8, beside a curve whose first score is 30 of the baseline's 60."""
+    parts = fill(tmp_path, plan, 0.02, (1,))
+    row = {"ratio": 1.0, "layers": 8, "score %": 30.0, "from": 27.0, "to": 33.0, "of base %": 50.0}
+    put_curve(tmp_path, [row | {"p": 0.5}])
+    drawn = []
+    monkeypatch.setattr("proxyv.reproduce.report.draw_curve", lambda *given: drawn.append(given))
+    report(tmp_path)
+    masked, trained, _ = drawn[0][-1].values()
+    assert masked == [pytest.approx((1.0, 50.0, 45.0, 55.0))]
+    base, own = (
+        np.mean([parts[arm, 1][t].mean() for t in plan.score])
+        for arm in ("baseline", "proxyv-early")
+    )
+    [early] = trained
+    assert early[:2] == pytest.approx((5 / 8, 100 * own / base)) and early.low < early.high
 
 
 def test_other_questions_are_not_compared(tmp_path: Path, plan: Plan) -> None:
@@ -368,15 +398,36 @@ def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) ->
     assert blind_share(plan, table, ["chartqa"]) == 1.0
 
 
+def test_of_several_controls_the_one_that_keeps_the_most_counts(plan: Plan) -> None:
+    """Of those of the baseline: what another model keeps says nothing of it."""
+    shuffled = plan.arms["shuffled-images"]
+    more = {
+        "blank": replace(shuffled, name="blank", control="blank-images"),
+        "foreign": replace(shuffled, name="foreign", checkpoint="proxyv-early"),
+    }
+    several = replace(plan, arms={**plan.arms, **more})
+    table = {}
+    for name, share in (
+        *(("baseline", 1), ("shuffled-images", 0.25)),
+        *(("blank", 0.5), ("foreign", 0.75)),
+    ):
+        right = (np.arange(QUESTIONS) < share * QUESTIONS).astype(float)
+        table[name, 1] = Result(Path(name), content("baseline", 1, {"docvqa": right}))
+    assert blind_share(several, table, ["docvqa"]) == 0.5
+
+
 def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
     parts = fill(tmp_path, plan, 0.02)
+    put(tmp_path, plan, content("proxyv-early-long", 1, parts["proxyv-early", 1]))
     text = report(tmp_path)
+    longer = cells(text, "ProxyV-L3, stage 2 twice as long")
+    assert longer[4:6] == ["–", "–"]  # the baseline was not trained for as long
     row, cost = cells(text, "ProxyV-L3 | tier 1"), cells(text, "ProxyV-L3 | 42.0")
     expected = 100 * np.mean(
         [parts["proxyv-early", s][t].mean() for s in (1, 2, 3) for t in plan.score]
     )
     assert row[2] == "3" and float(row[3].split()[0]) == pytest.approx(expected, abs=0.01)
-    times = ["40.0 (30 to 50)", "41", "20.0 (10 to 30)"]
+    times = ["40.0 (10 to 50)", "41", "20.0 (10 to 30)"]
     assert cost[1:] == ["42.0", "46", "33.3", *times]
     noise = cells(text, "baseline | 42.0")[4:]  # beside a second one; these files say it is faster
     assert noise == [times[0], "–", times[2]]
@@ -498,9 +549,20 @@ def test_what_does_not_change_a_result_may_differ(tmp_path: Path, plan: Plan) ->
         ("settings.finetune.model.init_from", "/other/tiny/proxyv-early-seed1/pretrain"),
         ("settings.finetune.run.save_steps", 7),
         ("settings.evaluation.batch_size", 1),
+        ("tasks.docvqa.samples", plan.tasks["docvqa"]),  # all that are asked for
     ):
         rewrite(tmp_path, "proxyv-early-seed1", changed(key, value))
     assert "ProxyV-L3" in report(tmp_path)
+
+
+def test_what_a_file_does_not_say_was_none(tmp_path: Path, plan: Plan) -> None:
+    """It is from before the key came: where the preset says something now, that is new."""
+    fill(tmp_path, plan, 0.0, (1,))
+    rewrite(tmp_path, "proxyv-early-seed1", lambda found: found["settings"]["arm"].pop("control"))
+    assert len(read_results(plan, tmp_path / "tiny")) == 3
+    rewrite(tmp_path, "proxyv-early-seed1", lambda found: found["settings"]["world"].pop("seed"))
+    with pytest.raises(CommandError, match=r"world\.seed is None there, and 2026 in the preset"):
+        read_results(plan, tmp_path / "tiny")
 
 
 def test_arms_of_a_seed_are_trained_in_one_type(
