@@ -398,6 +398,20 @@ def test_controls_of_other_questions_are_not_used(tmp_path: Path, plan: Plan) ->
     assert blind_share(plan, table, ["chartqa"]) == 1.0
 
 
+def test_seeds_of_an_arm_are_its_own_or_those_of_its_tier(plan: Plan) -> None:
+    """A control has those of later tiers, whatever its own."""
+    first, control, second = (
+        replace(plan.arms[name], seeds=None)
+        for name in ("baseline", "shuffled-images", "nonspatial-early")
+    )
+    assert (first.tier, control.tier, second.tier) == (1, 1, 2)
+    for later, expected in (([2, 3], [2, 3]), (None, plan.seeds[:1])):
+        given = replace(plan, later_seeds=later)
+        assert given.seeds_of(first) == plan.seeds
+        assert given.seeds_of(control) == given.seeds_of(second) == expected
+    assert plan.seeds_of(replace(control, seeds=[3])) == [3]
+
+
 def test_of_several_controls_the_one_that_keeps_the_most_counts(plan: Plan) -> None:
     """Of those of the baseline: what another model keeps says nothing of it."""
     shuffled = plan.arms["shuffled-images"]
