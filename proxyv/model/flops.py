@@ -75,7 +75,7 @@ class _Shape:
         light: L, newline and text rows.
         proxies: P.
         crop_proxies: proxies of each crop.
-        past: cached rows.
+        past: cached rows, which differ by layer.
     """
 
     width: int
@@ -87,7 +87,7 @@ class _Shape:
     light: int
     proxies: int
     crop_proxies: int
-    past: int
+    past: int = 0
 
     @classmethod
     def of(cls, config: Any, row: RowTokens) -> _Shape:
@@ -110,7 +110,6 @@ class _Shape:
             light=row.crops + row.text,
             proxies=row.crops * per_crop,
             crop_proxies=per_crop,
-            past=row.past + row.past_crops * (tokens + 1),
         )
 
     @property
