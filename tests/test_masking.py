@@ -30,7 +30,7 @@ class MaskedOracle(Oracle):
 
 
 def samples_of(model, generator):
-    parts: tuple[list[int | str], ...] = ([2, "2", 3], [1, "1", 2, "1"])
+    parts: tuple[list[int | str], ...] = ([2, "2", 3], [1, "1", 2, "2"])  # so the first is padded
     return [sample(part, model.config, generator) for part in parts]
 
 
