@@ -14,11 +14,11 @@ class Point(NamedTuple):
     """An arm: FLOPs in percent of the baseline's, score in percent with the interval of its gap."""
 
     title: str
+    trained: bool
     flops: float
     score: float
     low: float
     high: float
-    trained: bool
 
 
 class Share(NamedTuple):

@@ -302,7 +302,7 @@ def _scores_figure(plan: Plan, table: Table, output: Path) -> str | None:
             base = mean_interval(_of(plan, table, "baseline"), plan.score)[0]
             score = [base + value for value in (gap.value, *gap.interval)]
             flops = 100 - _flops_saved(_of(plan, table, arm.name))
-            points.append(Point(arm.title, flops, *score, trained=arm.checkpoint is None))
+            points.append(Point(arm.title, arm.checkpoint is None, flops, *score))
     name = f"{output.stem}-{plan.name}-scores.png"
     if not points:
         (output.parent / name).unlink(missing_ok=True)
