@@ -602,6 +602,10 @@ def test_arms_are_chosen_by_name_tier_and_seed(tmp_path: Path) -> None:
         choose(plan, [1], ["fast"], None)
     with pytest.raises(ValueError, match="seed 5: the preset has 1, 2"):
         choose(plan, [1], None, [5])
+    with pytest.raises(ValueError, match="--tiers 9: there are 1, 2, 3"):
+        choose(plan, [1, 9], None, None)
+    with pytest.raises(ValueError, match="--seeds: the preset runs fastv with 1: name one of them"):
+        choose(plan, [1], ["baseline", "fastv"], [2])
 
 
 def test_what_is_left_is_told_from_what_was_done() -> None:

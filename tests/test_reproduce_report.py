@@ -227,7 +227,7 @@ def test_what_needs_no_image_tells_nothing(tmp_path: Path, plan: Plan) -> None:
     assert re.fullmatch(r"refcoco_testA (89|90|91|92) %", share)
     (tmp_path / "tiny" / "shuffled-images-seed1.json").unlink()
     without = report(tmp_path)
-    assert "Of 21 claims 0 hold, 0 do not, 21 cannot be told" in without
+    assert "Of 21 claims 0 hold, 0 do not, 21 cannot be told; 17 of them are the paper's" in without
     assert "No claim about" not in without and "has not been asked with the images" in without
 
 
@@ -623,6 +623,21 @@ def test_a_curve_that_was_made_otherwise_is_refused(
     assert run_command(main, [*words, "--output", str(tmp_path / "report.md")]) == 2
     error = capsys.readouterr().err
     assert said in error and "move it" in error
+
+
+def test_the_committed_report_is_that_of_the_committed_files(tmp_path: Path) -> None:
+    output = tmp_path / "reproduction.md"
+    assert main(["report", "--output", str(output)]) == 0
+    committed = Path("docs/results/reproduction.md").read_text(encoding="utf-8")
+    assert output.read_text(encoding="utf-8") == committed, "python -m proxyv.reproduce report"
+
+
+def test_results_that_are_not_there_are_no_empty_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["report", "--results", str(tmp_path / "none"), "--output", str(tmp_path / "a.md")]
+    assert run_command(main, words) == 2
+    assert "there is no such folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_another_folder_than_the_repository_is_refused(

@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "report":
         from proxyv.reproduce.report import write_report
 
+        if not args.results.is_dir():
+            raise CommandError(f"--results {args.results}: there is no such folder")
         plans = [find_plan(name) for name in _words(args.presets)]
         output = args.output or args.results.parent / "reproduction.md"
         write_report(plans, args.results, output)
@@ -77,11 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = find_plan(args.preset)
     jobs = choose(plan, _numbers("tiers", args.tiers), _words(args.arms), _seeds(args.seeds))
     if not jobs:
-        own = [f"{name} {[*plan.seeds_of(plan.arms[name])]}" for name in _words(args.arms)]
         raise CommandError(
-            f"--seeds {args.seeds}: the preset runs {', '.join(own)}"
-            if own
-            else f"--tiers {args.tiers}: no arm; there are tiers {_tiers()}"
+            f"--tiers {args.tiers!r}: no arm of the preset {plan.name} with these seeds; there are "
+            f"tiers {_tiers()}"
         )
     runs, results = args.runs / plan.name, args.results / plan.name
     states = job_states(plan, jobs, results, runs)  # refuses what was made with another preset

@@ -393,15 +393,22 @@ def choose(
     """The jobs of some tiers, or of some arms whatever their tier, with some of their seeds.
 
     Raises:
-        CommandError: an arm or a seed that the plan does not have.
+        CommandError: a tier, an arm or a seed that the plan does not have, or an arm that it has
+            with none of the seeds.
     """
-    for name in arms or ():
-        if name not in plan.arms:
-            raise CommandError(nearest("arm", name, plan.arms))
+    wanted = set(tiers)
+    if unknown := wanted - TIERS.keys():
+        raise CommandError(f"--tiers {min(unknown)}: there are {', '.join(map(str, TIERS))}")
     for seed in seeds or ():
         if seed not in plan.seeds:
             raise CommandError(f"seed {seed}: the preset has {', '.join(map(str, plan.seeds))}")
-    wanted = set(tiers)
+    for name in arms or ():
+        if name not in plan.arms:
+            raise CommandError(nearest("arm", name, plan.arms))
+        own = plan.seeds_of(plan.arms[name])
+        if seeds and not set(seeds) & set(own):
+            said = ", ".join(map(str, own))
+            raise CommandError(f"--seeds: the preset runs {name} with {said}: name one of them too")
     return [
         job
         for job in plan.jobs()

@@ -79,7 +79,8 @@ def _section(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "measures": [f"{task}: {_measure_text(plan, task)}" for task in plan.tasks],
         "any": bool(table),
         "verdicts": verdicts,
-        "count": Counter(row["verdict"].removesuffix(ONE_SEED) for row in verdicts),
+        "count": _count(verdicts),
+        "paper_count": _count([row for row in verdicts if row["paper"] != NONE]),
         "tier_one": _tier_one(plan, table),
         "rows": [row for arm in _by_tier(plan) if (row := _arm_row(plan, table, arm))],
         "variants": [row for arm in _by_tier(plan) if (row := _variant_row(plan, table, arm))],
@@ -136,6 +137,10 @@ def _verdict_row(plan: Plan, table: Table, claim: Claim) -> dict[str, Any]:
         **_gap_cells(gap),
         "verdict": verdict(claim.rule, gap, blind) + _one_seed(gap),
     }
+
+
+def _count(verdicts: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    return Counter(row["verdict"].removesuffix(ONE_SEED) for row in verdicts)
 
 
 def _one_seed(gap: Gap | str) -> str:

@@ -173,8 +173,8 @@ def read_results(plan: Plan, folder: Path) -> list[Result]:
         if mine != theirs:
             raise CommandError(
                 f"{result.path} is of a model with weights {mine}, and {source.path.name} says "
-                f"{theirs}: one of them was trained again; move {result.path.name} and its folder "
-                "of runs away and run that arm again"
+                f"{theirs}: one of them was trained again; move both files and their folders of "
+                "runs away and run both arms again"
             )
     _check_dtypes([result for result in found if result.done])
     return found
