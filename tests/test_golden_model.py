@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from golden import golden_files
 from safetensors import safe_open
 from tiny_models import load_released
 from torch import Tensor
@@ -28,13 +28,8 @@ VISION = {
 }
 
 
-def golden_files() -> list[Path]:
-    folder = os.environ.get("PROXYV_GOLDEN")
-    return sorted(Path(folder).glob("model/*.safetensors")) if folder else []
-
-
 def cases() -> list:
-    files = golden_files()
+    files = golden_files("model/*.safetensors")
     if not files:
         skip = pytest.mark.skip(reason="PROXYV_GOLDEN names no folder with model/*.safetensors")
         return [pytest.param(None, marks=skip, id="none")]

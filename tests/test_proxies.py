@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from reduction_cases import golden_cases
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,17 +159,7 @@ def test_the_splat_commutes_with_the_projections_of_the_context() -> None:
     torch.testing.assert_close(update(full, proxies, (), 0, [splat]), expected)
 
 
-def golden_sets() -> list:
-    folder = os.environ.get("PROXYV_GOLDEN")
-    files = sorted(Path(folder).glob("reduction/*_proxyv_learned.safetensors")) if folder else []
-    skip = pytest.mark.skip(reason="PROXYV_GOLDEN names no folder with *_proxyv_learned")
-    return [pytest.param(path, id=path.stem) for path in files] or [
-        pytest.param(None, marks=skip, id="none")
-    ]
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("path", golden_sets())
+@pytest.mark.parametrize("path", golden_cases("proxyv_learned"))
 def test_learned_proxies_are_the_authors(path: Path) -> None:
     tensors = load_file(path)
     full, splat = tensors["full_tokens"], tensors["splat_attn"]

@@ -451,6 +451,8 @@ def test_numbers_of_the_main_table(tmp_path: Path, plan: Plan) -> None:
     assert cells(text, "[tiny/proxyv-early-seed2.json]")[1:] == [
         *("2", "0123456789", "auto", "0123456789", "a processor", "2.13.0", command)
     ]
+    untrained = cells(text, "[tiny/shuffled-images-seed1.json]")[-1]
+    assert untrained.endswith("--arms baseline,shuffled-images --seeds 1`")
 
 
 def test_variants_stand_beside_what_they_are_a_variant_of(tmp_path: Path, plan: Plan) -> None:

@@ -399,8 +399,9 @@ def _by_start(plan: Plan, table: Table, depth: int) -> dict[int, Share]:
 
 def _file_row(plan: Plan, result: Result) -> dict[str, str]:
     """Where a number comes from, and how it is made again."""
-    content = result.content
-    arm = f"--arms {result.arm} --seeds {result.seed}"
+    content, arm = result.content, plan.arms[result.arm]
+    names = filter(None, (arm.checkpoint, arm.pretrained, arm.name))  # what it needs comes first
+    again = f"--arms {','.join(names)} --seeds {result.seed}"
     return {
         "name": f"{plan.name}/{result.path.name}",
         "seed": str(result.seed),
@@ -409,7 +410,7 @@ def _file_row(plan: Plan, result: Result) -> dict[str, str]:
         "dtype": result.dtype,
         "hardware": content["hardware"]["device"],
         "torch": content["versions"]["torch"],
-        "command": f"bash scripts/reproduce.sh {plan.name} {arm}",
+        "command": f"bash scripts/reproduce.sh {plan.name} {again}",
     }
 
 
